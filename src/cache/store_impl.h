@@ -1,0 +1,74 @@
+// What a store is made of, for the kernels. Internal: not installed.
+#pragma once
+
+#include "turboquant/store.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace turboquant {
+
+// Anonymous zero pages, 64-byte aligned at least; reserved, not touched.
+class PageMemory {
+public:
+    PageMemory() = default;
+    ~PageMemory();
+    PageMemory(const PageMemory&) = delete;
+    PageMemory& operator=(const PageMemory&) = delete;
+    bool allocate(size_t bytes); // false: out of memory. Contents are zero.
+    void zero();                 // gives the pages back; contents are zero again
+    uint8_t* data() const { return data_; }
+    size_t size() const { return size_; }
+
+private:
+    uint8_t* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Store::Impl {
+    StoreShape shape;
+    StoreOptions options;
+    Conditioning conditioning;
+    StoreCounters counters;
+
+    // Codes (options.bits 2..8). Layout: turboquant/layout.h.
+    Rotation rotation;
+    const Codebook* book = nullptr; // null for pass-through
+    TileLayout tile;
+    int64_t n_tiles = 0;            // ceil(rows / 64)
+    int n_blocks = 0;               // rotation blocks = scales a row and head
+    PageMemory codes;               // [kv_head][n_tiles][tile.tile_bytes]
+    PageMemory scales;              // fp16 [kv_head][n_tiles][n_blocks][64]
+
+    // Per channel, [kv_head][head_size]; what the rotation's signs and lambda come to:
+    std::vector<float> encode_factor; // sign * lambda: rotated = H (factor * (x - mu)) / sqrt(n)
+    std::vector<float> query_factor;  // sign / lambda: rotated query = H (factor * q) / sqrt(n)
+
+    // Pass-through rows (options.bits 16 or 32): [kv_head][n_tiles * 64][head_size] fp16 or fp32.
+    PageMemory plain;
+
+    // Exact rows. Slot s holds row slot_row[s] (-1: free) as fp16 slot_raw[s][row_elements].
+    int n_slots = 0;                   // window + sink_slots
+    std::vector<int64_t> slot_row;
+    std::vector<uint64_t> slot_age;    // the clock when the row was written; later is larger
+    std::vector<uint8_t> slot_pinned;
+    PageMemory slot_raw;
+    uint64_t clock = 0;                // age of the latest row written; the first row gets 1
+
+    // Bit r of entry t is row 64 t + r.
+    std::vector<uint64_t> exact_rows;   // has a slot
+    std::vector<uint64_t> written_rows; // was written and not cleared
+
+    const uint8_t* tile_codes(int kv_head, int64_t t) const {
+        return codes.data() + (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * tile.tile_bytes;
+    }
+    const uint16_t* tile_scales(int kv_head, int64_t t) const {
+        return reinterpret_cast<const uint16_t*>(scales.data()) +
+               (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * static_cast<size_t>(n_blocks) * kTileRows;
+    }
+    const uint16_t* raw(int slot) const {
+        return reinterpret_cast<const uint16_t*>(slot_raw.data()) + static_cast<size_t>(slot) * static_cast<size_t>(shape.row_elements());
+    }
+};
+
+} // namespace turboquant
