@@ -1,0 +1,101 @@
+// The buffer type that owns the KV cache. The host asks the device's default type for every kind of buffer; those that
+// hold `cache_k_l<N>` and `cache_v_l<N>` tensors become compressed stores, all others plain host memory.
+//
+// To the host a compressed tensor looks like [elements, cells, streams] of its own type at an address that is never
+// read; all access goes through the functions here. Its bytes are opaque: a row read out is the store's native row,
+// zero-padded to the host's row size; a row written may be that or a plain row of the host's type.
+#pragma once
+
+#include "abi.h"
+#include "config.h"
+
+#include "turboquant/store.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace turboquant::plugin {
+
+// One layer's K or V: a store per stream. Not thread-safe; the owner's mutex guards it.
+class KvTensor {
+public:
+    KvTensor(const ggml_tensor& tensor, Side side, const Config& config);
+
+    const std::string& name() const { return name_; }
+    Side side() const { return side_; }
+    const Config& config() const { return config_; }
+    int64_t cells() const { return cells_; }
+    int64_t streams() const { return streams_; }
+    int elements() const { return elements_; }
+    ggml_type type() const { return type_; }
+    size_t row_bytes() const { return row_bytes_; }
+    int head_size() const { return head_size_; } // 0 until known
+
+    // The host never says the head size when it allocates; its graph does. Creates the stores at the first call; a
+    // later call with another size is an error.
+    Status set_head_size(int head_size);
+    // null while the head size is unknown.
+    Store* store(int64_t stream) { return stores_.empty() ? nullptr : stores_[static_cast<size_t>(stream)].get(); }
+
+    // Byte range of the tensor as the host sees it. Rows may be cut anywhere; a row written in pieces counts once all
+    // its bytes have come.
+    Status read_bytes(size_t offset, size_t size, uint8_t* out);
+    Status write_bytes(size_t offset, size_t size, const uint8_t* data);
+    Status zero_bytes(size_t offset, size_t size);
+    // Stream `to` becomes what stream `from` of `source` is.
+    Status copy_stream(KvTensor& source, int64_t from, int64_t to);
+    void clear();
+
+    // Bytes the stores of such a tensor take. Head size not known: the most that any plausible one needs.
+    static Status reserve_bytes(const ggml_tensor& tensor, Side side, const Config& config, size_t& bytes);
+
+private:
+    struct PartialRow {
+        std::vector<uint8_t> bytes;
+        size_t filled = 0;
+    };
+    Status write_row(int64_t row, const uint8_t* data);
+    void read_row(int64_t row, uint8_t* out) const;
+
+    std::string name_;
+    Side side_;
+    Config config_;
+    int elements_;
+    int64_t cells_;
+    int64_t streams_;
+    ggml_type type_;
+    size_t row_bytes_;
+    size_t reserved_ = 0;
+    int head_size_ = 0;
+    std::vector<std::unique_ptr<Store>> stores_;
+    std::map<int64_t, PartialRow> partial_;
+};
+
+// The context of a ggml buffer of the KV type. Contexts of one process may share it, hence the mutex; every access to a
+// tensor of it holds the lock.
+struct KvBuffer {
+    std::mutex mutex;
+    Config config;
+    std::vector<std::unique_ptr<KvTensor>> tensors;
+    void* base = nullptr; // address space only
+    size_t size = 0;
+};
+
+// A tensor of ours behind a (view of a) ggml tensor: found at the root of its view chain.
+struct KvRef {
+    bool is_kv = false;        // a KV tensor of this plug-in, allocated or only measured
+    KvBuffer* buffer = nullptr; // null while the host only measures (no_alloc)
+    KvTensor* tensor = nullptr;
+};
+KvRef find_kv(const ggml_tensor* tensor);
+
+// Sets up both buffer types for `device`. Called once.
+void init_buffer_types(ggml_backend_dev_t device);
+ggml_backend_buffer_type_t default_buffer_type(); // host memory, except for KV tensors
+ggml_backend_buffer_type_t kv_buffer_type();      // what KV buffers say they are
+int live_kv_buffers();                            // allocated now, in this process
+
+} // namespace turboquant::plugin

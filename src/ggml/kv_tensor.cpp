@@ -1,0 +1,198 @@
+#include "host.h"
+#include "kv_buffer.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace turboquant::plugin {
+namespace {
+
+StoreShape shape_of(Side side, int elements, int64_t cells, int head_size) {
+    return {.side = side, .head_size = head_size, .kv_heads = elements / head_size, .rows = cells};
+}
+
+StoreOptions options_of(Side side, const Config& config, int64_t streams) {
+    // With a stream for each sequence only one sequence's first rows need room.
+    const int sequences = streams > 1 ? 1 : config.sequences;
+    return {.bits = side == Side::key ? config.key_bits : config.value_bits,
+            .window = config.window,
+            .sink_slots = config.sinks * sequences};
+}
+
+} // namespace
+
+KvTensor::KvTensor(const ggml_tensor& tensor, Side side, const Config& config)
+    : name_(tensor.name), side_(side), config_(config), elements_(static_cast<int>(tensor.ne[0])), cells_(tensor.ne[1]),
+      streams_(tensor.ne[2]), type_(tensor.type), row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {}
+
+Status KvTensor::reserve_bytes(const ggml_tensor& tensor, Side side, const Config& config, size_t& bytes) {
+    const int elements = static_cast<int>(tensor.ne[0]);
+    const int hint = side == Side::key ? config.key_head_size : config.value_head_size;
+    bytes = 0;
+    auto consider = [&](int head_size) -> Status {
+        size_t one = 0;
+        Status status = Store::bytes(shape_of(side, elements, tensor.ne[1], head_size),
+                                     options_of(side, config, tensor.ne[2]), one);
+        bytes = std::max(bytes, one * static_cast<size_t>(tensor.ne[2]));
+        return status;
+    };
+    if (hint > 0 && elements % hint == 0) {
+        return consider(hint);
+    }
+    // Smaller heads need more scales: the smallest head that models have decides, but for the padding of odd sizes.
+    constexpr int kSmallest = 64;
+    constexpr int kLargest = 1024;
+    Status status;
+    for (int head_size = std::min(kSmallest, elements); head_size <= std::min(kLargest, elements); ++head_size) {
+        if (elements % head_size == 0 && head_size % 4 == 0) {
+            status = consider(head_size);
+            if (!status.ok()) {
+                return status;
+            }
+        }
+    }
+    return bytes > 0 ? Status{} : invalid("a row of " + std::to_string(elements) + " elements fits no head size that TurboQuant serves");
+}
+
+Status KvTensor::set_head_size(int head_size) {
+    if (head_size == head_size_) {
+        return {};
+    }
+    if (head_size_ != 0 || head_size <= 0 || elements_ % head_size != 0) {
+        return invalid(name_ + " is read with head size " + std::to_string(head_size) + " but holds rows of " +
+                       std::to_string(elements_) +
+                       (head_size_ != 0 ? " that were written with head size " + std::to_string(head_size_) : ""));
+    }
+    const int hint = side_ == Side::key ? config_.key_head_size : config_.value_head_size;
+    if (hint > 0 && hint != head_size && elements_ % hint == 0) {
+        log_warning("TURBOQUANT_HEAD_SIZE says " + std::to_string(hint) + " but " + name_ + " has heads of " +
+                    std::to_string(head_size) + ": the reported KV size is not exact");
+    }
+    std::vector<std::unique_ptr<Store>> stores(static_cast<size_t>(streams_));
+    for (auto& store : stores) {
+        Status status = Store::create(shape_of(side_, elements_, cells_, head_size), options_of(side_, config_, streams_), {}, store);
+        if (!status.ok()) {
+            return {status.code(), name_ + ": " + status.message()};
+        }
+    }
+    stores_ = std::move(stores);
+    head_size_ = head_size;
+    return {};
+}
+
+void KvTensor::read_row(int64_t row, uint8_t* out) const {
+    std::memset(out, 0, row_bytes_);
+    if (!stores_.empty()) {
+        stores_[static_cast<size_t>(row / cells_)]->read_native(row % cells_, out);
+    }
+}
+
+Status KvTensor::write_row(int64_t row, const uint8_t* data) {
+    if (stores_.empty()) {
+        // Before the first graph nothing can have been stored; zeros are what is there.
+        const bool zero = std::all_of(data, data + row_bytes_, [](uint8_t byte) { return byte == 0; });
+        return zero ? Status{} : invalid(name_ + ": rows arrive before the head size is known");
+    }
+    Store& store = *stores_[static_cast<size_t>(row / cells_)];
+    const int64_t cell = row % cells_;
+    bool not_native = false;
+    if (Status status = store.write_native(cell, data, not_native); !status.ok() || !not_native) {
+        return status;
+    }
+    std::vector<float> values(static_cast<size_t>(elements_));
+    ggml_get_type_traits(type_)->to_float != nullptr
+        ? ggml_get_type_traits(type_)->to_float(data, values.data(), elements_)
+        : static_cast<void>(std::memcpy(values.data(), data, row_bytes_)); // fp32 has no conversion
+    return store.write(values.data(), elements_, &cell, 1, ParallelFor{}, nullptr);
+}
+
+Status KvTensor::read_bytes(size_t offset, size_t size, uint8_t* out) {
+    std::vector<uint8_t> row_data(row_bytes_);
+    while (size > 0) {
+        const int64_t row = static_cast<int64_t>(offset / row_bytes_);
+        const size_t begin = offset % row_bytes_;
+        const size_t count = std::min(size, row_bytes_ - begin);
+        if (row >= cells_ * streams_) {
+            return invalid(name_ + ": the host reads past the end");
+        }
+        if (count == row_bytes_) {
+            read_row(row, out);
+        } else {
+            read_row(row, row_data.data());
+            std::memcpy(out, row_data.data() + begin, count);
+        }
+        offset += count;
+        out += count;
+        size -= count;
+    }
+    return {};
+}
+
+Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
+    Status first_error;
+    while (size > 0) {
+        const int64_t row = static_cast<int64_t>(offset / row_bytes_);
+        const size_t begin = offset % row_bytes_;
+        const size_t count = std::min(size, row_bytes_ - begin);
+        if (row >= cells_ * streams_) {
+            return invalid(name_ + ": the host writes past the end");
+        }
+        Status status;
+        if (count == row_bytes_) {
+            partial_.erase(row);
+            status = write_row(row, data);
+        } else {
+            PartialRow& partial = partial_[row];
+            partial.bytes.resize(row_bytes_);
+            std::memcpy(partial.bytes.data() + begin, data, count);
+            partial.filled += count;
+            if (partial.filled >= row_bytes_) {
+                status = write_row(row, partial.bytes.data());
+                partial_.erase(row);
+            }
+        }
+        if (!status.ok() && first_error.ok()) {
+            first_error = status;
+        }
+        offset += count;
+        data += count;
+        size -= count;
+    }
+    return first_error;
+}
+
+Status KvTensor::zero_bytes(size_t offset, size_t size) {
+    if (offset % row_bytes_ != 0 || size % row_bytes_ != 0) {
+        return invalid(name_ + ": the host clears part of a row");
+    }
+    if (offset == 0 && size == row_bytes_ * static_cast<size_t>(cells_ * streams_)) {
+        clear();
+        return {};
+    }
+    const std::vector<uint8_t> zeros(row_bytes_);
+    for (size_t at = offset; at < offset + size; at += row_bytes_) {
+        if (Status status = write_bytes(at, row_bytes_, zeros.data()); !status.ok()) {
+            return status;
+        }
+    }
+    return {};
+}
+
+Status KvTensor::copy_stream(KvTensor& source, int64_t from, int64_t to) {
+    if (source.stores_.empty() && stores_.empty()) {
+        return {};
+    }
+    if (source.stores_.empty() || stores_.empty()) {
+        return invalid(name_ + ": copied to or from a cache that no graph has used yet");
+    }
+    return stores_[static_cast<size_t>(to)]->copy_from(*source.stores_[static_cast<size_t>(from)]);
+}
+
+void KvTensor::clear() {
+    for (auto& store : stores_) {
+        store->clear();
+    }
+    partial_.clear();
+}
+
+} // namespace turboquant::plugin

@@ -1,0 +1,60 @@
+// The operations on compressed KV tensors: writing rows, attention, and the turning of keys when a context is shifted.
+#pragma once
+
+#include "kv_buffer.h"
+
+#include "turboquant/attention.h"
+#include "turboquant/status.h"
+
+#include <vector>
+
+namespace turboquant::plugin {
+
+// What one back end (one context) keeps between operations. Not shared, not thread-safe: ggml computes one graph of a
+// back end at a time.
+class OpContext {
+public:
+    OpContext() = default;
+    ~OpContext();
+    OpContext(const OpContext&) = delete;
+    OpContext& operator=(const OpContext&) = delete;
+
+    void set_threads(int n) { n_threads_ = n < 1 ? 1 : n; }
+    int threads() const { return n_threads_; }
+
+    // SET_ROWS into a KV tensor: rows fp32 or fp16, indices i64 or i32, flat over streams.
+    Status set_rows(const ggml_tensor* op);
+    // FLASH_ATTN_EXT over KV tensors.
+    Status flash_attention(const ggml_tensor* op);
+    // ROPE in place on a key tensor: rows whose shift is 0 keep every bit.
+    Status rope(const ggml_tensor* op);
+
+private:
+    // The rows that a SET_ROWS wrote to one stream of a tensor: the batch its attention is about to ask for.
+    struct Batch {
+        const Store* store = nullptr;
+        std::vector<int64_t> cells;
+        Staging staging;
+        bool staged = false;
+    };
+    std::vector<Batch>& batches(Side side) { return batches_[side == Side::key ? 0 : 1]; }
+    Batch* find_batch(Side side, int64_t stream, const Store* store, int64_t n_queries);
+    Status pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batch, int64_t n_queries, int64_t n_rows, Store& k,
+                          Store* v, Batch* k_batch, Batch* v_batch, int sinks);
+    ggml_backend_t cpu();
+    ParallelFor parallel() const;
+
+    int n_threads_ = 1;
+    std::vector<Batch> batches_[2];
+    AttentionWorkspace workspace_;
+    std::vector<float> rows_;
+    std::vector<int64_t> cells_;
+    ggml_backend_t cpu_ = nullptr;
+};
+
+// Can this operation run here? It touches no KV tensor of ours: false (views: true). It does: true, or throws
+// std::runtime_error with a sentence for the user, because answering "no" would make the host abort. Learns head
+// sizes. Thread-safe.
+bool supports_op(const ggml_tensor* op);
+
+} // namespace turboquant::plugin
