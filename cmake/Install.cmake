@@ -1,4 +1,5 @@
-# cmake --install: headers, libturboquant, its CMake package and pkg-config file, the plug-in and the program.
+# cmake --install: headers, libturboquant, its CMake package and pkg-config file, and the program. src/ggml installs the
+# plug-in.
 include(CMakePackageConfigHelpers)
 
 set(TURBOQUANT_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
@@ -32,9 +33,6 @@ configure_file(${PROJECT_SOURCE_DIR}/cmake/turboquant.pc.in ${PROJECT_BINARY_DIR
 install(FILES ${PROJECT_BINARY_DIR}/turboquant.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
 # The program finds libllama where it was linked, and libraries of ours beside it.
-if(TARGET ggml-turboquant)
-    install(TARGETS ggml-turboquant LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}/turboquant)
-endif()
 if(TARGET tq)
     file(RELATIVE_PATH up /prefix/${CMAKE_INSTALL_BINDIR} /prefix/${CMAKE_INSTALL_LIBDIR})
     set_target_properties(tq PROPERTIES INSTALL_RPATH "$ORIGIN/${up}" INSTALL_RPATH_USE_LINK_PATH ON)
