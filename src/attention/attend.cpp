@@ -1,0 +1,598 @@
+// attend(): what a call is, shared by all instruction sets. The arithmetic is in the kernels.
+#include "turboquant/attention.h"
+
+#include "attention/scratch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace turboquant {
+
+AttentionWorkspace::AttentionWorkspace() : impl_(std::make_unique<Impl>()) {}
+AttentionWorkspace::~AttentionWorkspace() = default;
+
+namespace attention {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr uint16_t kHalfMinusInfinity = 0xfc00;
+
+// What a query sees of a tile.
+enum Sight : uint8_t { kHidden, kClear, kMixed /* the bias says */ };
+
+void fill_tables(const Codebook& book, LevelTables& t) {
+    t = {};
+    for (int code = 0; code < (1 << book.bits); ++code) {
+        t.level[code] = static_cast<float>(book.value(book.bits == 8 ? static_cast<int8_t>(static_cast<uint8_t>(code)) : code));
+        if (book.bits <= 4) {
+            t.value[code] = book.value(code);
+        }
+    }
+    for (int m = 0; m < book.n_levels; ++m) {
+        t.magnitude[m] = book.level[m];
+    }
+}
+
+// One task at work: the state that its steps share.
+class Task {
+public:
+    Task(const Plan& plan, AttentionWorkspace::Impl& work, Scratch& s, int kv_head, int64_t first, int count, Sums sums)
+        : plan_(plan), call_(*plan.call), kernels_(*plan.kernels), work_(work), s_(s), kv_head_(kv_head), first_(first),
+          count_(count), sums_(sums), first_query_(first / plan.group),
+          n_queries_(static_cast<int>((first + count - 1) / plan.group - first_query_ + 1)) {}
+
+    void run(int64_t first_tile, int64_t end_tile) {
+        load_queries();
+        for (int m = 0; m < count_; ++m) {
+            sums_.row[m] = {-kInfinity, 0, 0, 0, 1};
+        }
+        const size_t floats = static_cast<size_t>(count_) * static_cast<size_t>(plan_.value_ld);
+        std::fill_n(sums_.coded, floats, 0.0f);
+        if (!work_.exact_values.empty()) {
+            std::fill_n(sums_.exact, floats, 0.0f);
+        }
+        for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+            if (look(tile)) {
+                score(tile);
+                if (weigh()) {
+                    add_values(tile);
+                }
+            }
+        }
+    }
+
+private:
+    int query_of(int m) const { return static_cast<int>((first_ + m) / plan_.group - first_query_); }
+    int head_of(int m) const { return kv_head_ * plan_.group + static_cast<int>((first_ + m) % plan_.group); }
+    int first_entry_of(int query) const {
+        return static_cast<int>(std::max<int64_t>(0, (first_query_ + query) * plan_.group - first_));
+    }
+    int end_entry_of(int query) const {
+        return static_cast<int>(std::min<int64_t>(count_, (first_query_ + query + 1) * plan_.group - first_));
+    }
+
+    // Calls body(first entry, count) for each run of entries whose queries see something of the tile.
+    template <class Body>
+    void for_seeing_runs(Body&& body) const {
+        for (int i = 0; i < n_queries_;) {
+            if (s_.sight[i] == kHidden) {
+                ++i;
+                continue;
+            }
+            const int begin = i;
+            while (i < n_queries_ && s_.sight[i] != kHidden) {
+                ++i;
+            }
+            const int first = first_entry_of(begin);
+            body(first, end_entry_of(i - 1) - first);
+        }
+    }
+
+    void load_queries();
+    bool look(int64_t tile);
+    void score(int64_t tile);
+    void override_exact_scores(int64_t tile, size_t begin, size_t end);
+    bool weigh();
+    void add_values(int64_t tile);
+    void add_exact_values(int64_t tile, size_t begin, size_t end);
+    void mark_exact(const ExactRows& rows, int64_t tile, size_t begin, size_t end);
+    void load_exact(const ExactRows& rows, size_t begin, size_t end, int64_t tile, int head_size, int channels);
+    void load_key_tile(const Store::Impl& store, const LevelTables& tables, int64_t tile, float* out);
+    void load_value_tile(int64_t tile);
+    void load_scales(const Store::Impl& store, int64_t tile, int block);
+
+    const Plan& plan_;
+    const AttentionCall& call_;
+    const Kernels& kernels_;
+    AttentionWorkspace::Impl& work_;
+    Scratch& s_;
+    const int kv_head_;
+    const int64_t first_;
+    const int count_;
+    const Sums sums_;
+    const int64_t first_query_;
+    const int n_queries_;
+};
+
+void Task::load_queries() {
+    const Store::Impl& k = *plan_.k;
+    const int d = plan_.key_size;
+    const size_t head_offset = static_cast<size_t>(kv_head_) * static_cast<size_t>(d);
+    const float* mu = k.book != nullptr && !k.conditioning.mu.empty() ? k.conditioning.mu.data() + head_offset : nullptr;
+    const float* lambda = k.conditioning.lambda.empty() ? nullptr : k.conditioning.lambda.data() + head_offset;
+    for (int m = 0; m < count_; ++m) {
+        const float* q = call_.q + (first_ + m) / plan_.group * call_.q_query_stride + head_of(m) * call_.q_head_stride;
+        float* rotated = s_.query + static_cast<size_t>(m) * static_cast<size_t>(d);
+        float* plain = work_.exact_keys.empty() ? s_.vector : s_.plain_query + static_cast<size_t>(m) * static_cast<size_t>(d);
+        for (int c = 0; c < d; ++c) {
+            plain[c] = q[c] * plan_.query_factor;
+        }
+        s_.query_mean[m] = mu == nullptr ? 0.0f : kernels_.dot(plain, mu, d);
+        if (k.book == nullptr) {
+            std::copy_n(plain, d, rotated);
+            continue;
+        }
+        if (lambda == nullptr) {
+            k.rotation.forward(plain, rotated);
+        } else {
+            for (int c = 0; c < d; ++c) {
+                rotated[c] = plain[c] / lambda[c];
+            }
+            k.rotation.forward(rotated, rotated);
+        }
+        if (plan_.int_keys) {
+            kernels_.quantise_query(rotated, d, s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld,
+                                    s_.query_mul + m, s_.query_sum + m);
+        }
+    }
+}
+
+// Reads the mask of a tile, before anything else of it. False: nobody sees it.
+bool Task::look(int64_t tile) {
+    const int64_t row = tile * kTileRows;
+    const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - row));
+    bool any = false;
+    for (int i = 0; i < n_queries_; ++i) {
+        float* bias = s_.bias + i * kTileRows;
+        Sight sight = kClear;
+        if (call_.mask != nullptr) {
+            const uint16_t* mask = call_.mask + (first_query_ + i) * call_.mask_query_stride + row;
+            unsigned zero = 1;
+            unsigned hidden = 1;
+            for (int r = 0; r < valid; ++r) {
+                zero &= mask[r] == 0;
+                hidden &= mask[r] == kHalfMinusInfinity;
+            }
+            sight = hidden != 0 ? kHidden : zero != 0 ? kClear : kMixed;
+            if (sight == kMixed) {
+                kernels_.half_to_float(mask, bias, valid);
+            }
+        }
+        if (valid < kTileRows && sight != kHidden) {
+            if (sight == kClear) {
+                std::fill_n(bias, valid, 0.0f);
+            }
+            std::fill(bias + valid, bias + kTileRows, -kInfinity);
+            sight = kMixed;
+        }
+        s_.sight[i] = sight;
+        any |= sight != kHidden;
+    }
+    return any;
+}
+
+void Task::load_scales(const Store::Impl& store, int64_t tile, int block) {
+    kernels_.half_to_float(store.tile_scales(kv_head_, tile) + block * kTileRows, s_.scale, kTileRows);
+}
+
+// out[channel][64]: keys of all channels as the codes (or pass-through rows) have them.
+void Task::load_key_tile(const Store::Impl& store, const LevelTables& tables, int64_t tile, float* out) {
+    const int d = store.shape.head_size;
+    if (store.book != nullptr) {
+        kernels_.unpack_key(store.tile, store.tile_codes(kv_head_, tile), s_.bytes);
+        int b = 0;
+        for (const RotationBlock& block : store.rotation.blocks()) {
+            load_scales(store, tile, b++);
+            const int64_t at = static_cast<int64_t>(block.offset) * kTileRows;
+            kernels_.expand_key(s_.bytes + at, block.size, tables.level, s_.scale, out + at);
+        }
+        return;
+    }
+    const size_t first = (static_cast<size_t>(kv_head_) * static_cast<size_t>(store.n_tiles) + static_cast<size_t>(tile)) *
+                         kTileRows * static_cast<size_t>(d);
+    if (store.options.bits == 32) {
+        kernels_.transpose(reinterpret_cast<const float*>(store.plain.data()) + first, kTileRows, d, d, out, kTileRows);
+        return;
+    }
+    const uint16_t* rows = reinterpret_cast<const uint16_t*>(store.plain.data()) + first;
+    constexpr int kAtOnce = 16;
+    for (int r = 0; r < kTileRows; r += kAtOnce) {
+        float* row = reinterpret_cast<float*>(s_.bytes); // d * 64 bytes: 16 rows of floats
+        kernels_.half_to_float(rows + static_cast<size_t>(r) * static_cast<size_t>(d), row, kAtOnce * d);
+        kernels_.transpose(row, kAtOnce, d, d, out + r, kTileRows);
+    }
+}
+
+void Task::load_value_tile(int64_t tile) {
+    const Store::Impl& v = *plan_.v;
+    const int ld = plan_.value_ld;
+    if (plan_.keyed_values) {
+        const float* keys = s_.key_tile;
+        if (!plan_.shared_tile) {
+            load_key_tile(v, work_.value_tables, tile, s_.keyed_value_tile);
+            keys = s_.keyed_value_tile;
+        }
+        kernels_.transpose(keys, plan_.sum_size, kTileRows, kTileRows, s_.value_tile, ld);
+        return;
+    }
+    const int d = v.shape.head_size;
+    if (v.book != nullptr) {
+        const int bytes_ld = round_up(d, 16);
+        kernels_.unpack_value(v.tile, v.tile_codes(kv_head_, tile), s_.bytes, bytes_ld);
+        int b = 0;
+        for (const RotationBlock& block : v.rotation.blocks()) {
+            if (block.offset < plan_.sum_size) {
+                load_scales(v, tile, b);
+                kernels_.expand_value(s_.bytes + block.offset, block.size, bytes_ld, work_.value_tables.level,
+                                      s_.scale, s_.value_tile + block.offset, ld);
+            }
+            ++b;
+        }
+        return;
+    }
+    const size_t first = (static_cast<size_t>(kv_head_) * static_cast<size_t>(v.n_tiles) + static_cast<size_t>(tile)) *
+                         kTileRows * static_cast<size_t>(d);
+    for (int r = 0; r < kTileRows; ++r) {
+        const size_t at = first + static_cast<size_t>(r) * static_cast<size_t>(d);
+        float* row = s_.value_tile + static_cast<int64_t>(r) * ld;
+        if (v.options.bits == 32) {
+            std::copy_n(reinterpret_cast<const float*>(v.plain.data()) + at, plan_.sum_size, row);
+        } else {
+            kernels_.half_to_float(reinterpret_cast<const uint16_t*>(v.plain.data()) + at, row, plan_.sum_size);
+        }
+    }
+}
+
+// exact_bits: which rows of the tile are exact for which query and seen by it.
+void Task::mark_exact(const ExactRows& rows, int64_t tile, size_t begin, size_t end) {
+    const int64_t first_row = tile * kTileRows;
+    for (int i = 0; i < n_queries_; ++i) {
+        uint64_t bits = s_.sight[i] == kHidden ? 0 : rows.bits(begin, end, first_row, first_query_ + i);
+        if (s_.sight[i] == kMixed) {
+            for (size_t e = begin; e < end; ++e) {
+                const int r = static_cast<int>(rows[e].row - first_row);
+                if (s_.bias[i * kTileRows + r] == -kInfinity) {
+                    bits &= ~(uint64_t{1} << r);
+                }
+            }
+        }
+        s_.exact_bits[i] = bits;
+    }
+}
+
+// exact_tile[e - begin]: the fp16 rows that some query wants, as floats.
+void Task::load_exact(const ExactRows& rows, size_t begin, size_t end, int64_t tile, int head_size, int channels) {
+    uint64_t wanted = 0;
+    for (int i = 0; i < n_queries_; ++i) {
+        wanted |= s_.exact_bits[i];
+    }
+    for (size_t e = begin; e < end; ++e) {
+        if ((wanted >> (rows[e].row - tile * kTileRows) & 1) != 0) {
+            kernels_.half_to_float(rows[e].raw + static_cast<int64_t>(kv_head_) * head_size,
+                                   s_.exact_tile + static_cast<int64_t>(e - begin) * channels, channels);
+        }
+    }
+}
+
+void Task::override_exact_scores(int64_t tile, size_t begin, size_t end) {
+    const ExactRows& rows = work_.exact_keys;
+    const int d = plan_.key_size;
+    mark_exact(rows, tile, begin, end);
+    load_exact(rows, begin, end, tile, d, d);
+    for (int i = 0; i < n_queries_; ++i) {
+        for (size_t e = begin; s_.exact_bits[i] != 0 && e < end; ++e) {
+            const int r = static_cast<int>(rows[e].row - tile * kTileRows);
+            if ((s_.exact_bits[i] >> r & 1) == 0) {
+                continue;
+            }
+            for (int m = first_entry_of(i); m < end_entry_of(i); ++m) {
+                // Less <q, mu>, which every row of the tile gets added later.
+                s_.scores[m * kTileRows + r] = kernels_.dot(s_.plain_query + static_cast<int64_t>(m) * d,
+                                                            s_.exact_tile + static_cast<int64_t>(e - begin) * d, d) -
+                                               s_.query_mean[m];
+            }
+        }
+    }
+}
+
+void Task::score(int64_t tile) {
+    const Store::Impl& k = *plan_.k;
+    if (plan_.int_keys) {
+        for_seeing_runs([&](int first, int n) {
+            for (int m = first; m < first + n; m += kMaxHeads) {
+                kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, tile), k.tile_scales(kv_head_, tile),
+                                    s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld,
+                                    s_.query_mul + m, s_.query_sum + m, std::min(kMaxHeads, first + n - m),
+                                    s_.scores + m * kTileRows);
+            }
+        });
+    } else {
+        load_key_tile(k, work_.key_tables, tile, s_.key_tile);
+        for_seeing_runs([&](int first, int n) {
+            kernels_.gemm(s_.query + static_cast<int64_t>(first) * plan_.key_size, plan_.key_size, s_.key_tile, kTileRows,
+                          s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
+        });
+    }
+    const ExactRows& rows = work_.exact_keys;
+    if (!rows.empty()) {
+        const size_t begin = rows.first_at_or_after(tile * kTileRows);
+        const size_t end = rows.first_at_or_after((tile + 1) * kTileRows);
+        if (begin != end) {
+            override_exact_scores(tile, begin, end);
+        }
+    }
+}
+
+// Scores to probabilities. False: nobody has any to add.
+bool Task::weigh() {
+    bool any = false;
+    for (int m = 0; m < count_; ++m) {
+        const int i = query_of(m);
+        bool live = false;
+        sums_.row[m].rescale = 1;
+        if (s_.sight[i] != kHidden) {
+            const float* bias = s_.sight[i] == kMixed ? s_.bias + i * kTileRows : nullptr;
+            constexpr float kLog2E = 1.44269504088896340736f;
+            const float slope = alibi_slope(head_of(m), call_.n_heads, call_.max_bias) * kLog2E;
+            live = kernels_.softmax(s_.scores + m * kTileRows, s_.query_mean[m], plan_.softcap_factor, bias, slope,
+                                    sums_.row[m]);
+        }
+        s_.live[m] = live;
+        any |= live;
+    }
+    return any;
+}
+
+// Adds the exact rows' values and takes their probabilities out of the codes' share.
+void Task::add_exact_values(int64_t tile, size_t begin, size_t end) {
+    const ExactRows& rows = work_.exact_values;
+    const int n = plan_.value_size;
+    mark_exact(rows, tile, begin, end);
+    load_exact(rows, begin, end, tile, plan_.v->shape.head_size, n);
+    for (int i = 0; i < n_queries_; ++i) {
+        for (size_t e = begin; s_.exact_bits[i] != 0 && e < end; ++e) {
+            const int r = static_cast<int>(rows[e].row - tile * kTileRows);
+            if ((s_.exact_bits[i] >> r & 1) == 0) {
+                continue;
+            }
+            for (int m = first_entry_of(i); m < end_entry_of(i); ++m) {
+                if (s_.live[m] != 0) {
+                    float& p = s_.scores[m * kTileRows + r];
+                    kernels_.axpy(p, s_.exact_tile + static_cast<int64_t>(e - begin) * n,
+                                  sums_.exact + static_cast<int64_t>(m) * plan_.value_ld, n);
+                    p = 0;
+                }
+            }
+        }
+    }
+}
+
+void Task::add_values(int64_t tile) {
+    const Store::Impl& v = *plan_.v;
+    const ExactRows& rows = work_.exact_values;
+    const int ld = plan_.value_ld;
+    if (!rows.empty()) {
+        for (int m = 0; m < count_; ++m) {
+            if (sums_.row[m].rescale != 1) {
+                kernels_.scale(sums_.row[m].rescale, sums_.exact + static_cast<int64_t>(m) * ld, plan_.value_size);
+            }
+        }
+        const size_t begin = rows.first_at_or_after(tile * kTileRows);
+        const size_t end = rows.first_at_or_after((tile + 1) * kTileRows);
+        if (begin != end) {
+            add_exact_values(tile, begin, end);
+        }
+    }
+    for (int m = 0; m < count_; ++m) {
+        float* p = s_.scores + m * kTileRows;
+        if (s_.live[m] == 0) {
+            std::fill_n(p, kTileRows, 0.0f);
+        } else if (plan_.value_mean) {
+            float sum = 0;
+            for (int r = 0; r < kTileRows; ++r) {
+                sum += p[r];
+            }
+            sums_.row[m].code_sum += sum;
+        }
+    }
+    if (plan_.int_values) {
+        for (int m = 0; m < count_; ++m) {
+            s_.rescale[m] = sums_.row[m].rescale;
+            kernels_.quantise_weights(s_.scores + m * kTileRows, v.tile_scales(kv_head_, tile),
+                                      s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m);
+        }
+        for_seeing_runs([&](int first, int n) {
+            for (int m = first; m < first + n; m += kMaxHeads) {
+                kernels_.int_values(v.tile, work_.value_tables, v.tile_codes(kv_head_, tile),
+                                    s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m,
+                                    s_.rescale + m, std::min(kMaxHeads, first + n - m),
+                                    sums_.coded + static_cast<int64_t>(m) * ld, ld);
+            }
+        });
+        return;
+    }
+    load_value_tile(tile);
+    for (int m = 0; m < count_; ++m) {
+        if (sums_.row[m].rescale != 1) {
+            kernels_.scale(sums_.row[m].rescale, sums_.coded + static_cast<int64_t>(m) * ld, plan_.sum_size);
+        }
+    }
+    for_seeing_runs([&](int first, int n) {
+        kernels_.gemm(s_.scores + first * kTileRows, kTileRows, s_.value_tile, ld,
+                      sums_.coded + static_cast<int64_t>(first) * ld, ld, n, ld, kTileRows, true);
+    });
+}
+
+// Merges what the tile ranges found about one entry, in order, and writes its output.
+void finish(const Plan& plan, const AttentionWorkspace::Impl& work, Scratch& s, int kv_head, int64_t entry,
+            const Sums* parts, int64_t n_parts, int64_t index) {
+    const AttentionCall& call = *plan.call;
+    const int head = kv_head * plan.group + static_cast<int>(entry % plan.group);
+    float* out = call.out + entry / plan.group * call.out_query_stride + head * call.out_head_stride;
+    float top = -kInfinity;
+    for (int64_t i = 0; i < n_parts; ++i) {
+        top = std::max(top, parts[i].row[index].max);
+    }
+    std::fill_n(out, plan.value_size, 0.0f);
+    if (top == -kInfinity) {
+        return;
+    }
+    float sum = 0;
+    if (call.sink_logits != nullptr) {
+        constexpr float kLog2E = 1.44269504088896340736f;
+        const float logit = call.sink_logits[head] * kLog2E;
+        top = std::max(top, logit);
+        sum = std::exp2(logit - top);
+    }
+    const Store::Impl& v = *plan.v;
+    const int d = v.shape.head_size;
+    const bool has_exact = !work.exact_values.empty();
+    float* coded = s.vector;
+    std::fill_n(coded, d, 0.0f);
+    float code_sum = 0;
+    for (int64_t i = 0; i < n_parts; ++i) {
+        const RowState& row = parts[i].row[index];
+        if (row.max == -kInfinity) {
+            continue;
+        }
+        const float weight = std::exp2(row.max - top);
+        sum += weight * row.sum;
+        code_sum += weight * row.code_sum;
+        plan.kernels->axpy(weight, parts[i].coded + index * plan.value_ld, coded, plan.sum_size);
+        if (has_exact) {
+            plan.kernels->axpy(weight, parts[i].exact + index * plan.value_ld, out, plan.value_size);
+        }
+    }
+    const size_t at = static_cast<size_t>(kv_head) * static_cast<size_t>(d);
+    if (v.book != nullptr) {
+        v.rotation.inverse(coded, coded);
+        if (!v.conditioning.lambda.empty()) {
+            for (int c = 0; c < plan.value_size; ++c) {
+                coded[c] /= v.conditioning.lambda[at + static_cast<size_t>(c)];
+            }
+        }
+        if (plan.value_mean) {
+            plan.kernels->axpy(code_sum, v.conditioning.mu.data() + at, coded, plan.value_size);
+        }
+    }
+    const float inverse = 1 / sum;
+    for (int c = 0; c < plan.value_size; ++c) {
+        out[c] = (out[c] + coded[c]) * inverse;
+    }
+}
+
+void prepare(const Plan& plan, AttentionWorkspace::Impl& work, int n_workers) {
+    if (plan.k->book != nullptr && work.key_bits != plan.k->options.bits) {
+        fill_tables(*plan.k->book, work.key_tables);
+        work.key_bits = plan.k->options.bits;
+    }
+    if (plan.v->book != nullptr && work.value_bits != plan.v->options.bits) {
+        fill_tables(*plan.v->book, work.value_tables);
+        work.value_bits = plan.v->options.bits;
+    }
+    const bool exact_keys = !work.exact_keys.empty();
+    const bool exact_values = !work.exact_values.empty();
+    const size_t workers = static_cast<size_t>(n_workers);
+    if (work.arenas.size() < workers) {
+        work.arenas.resize(workers);
+        work.scratches.resize(workers);
+    }
+    Carver counter(nullptr);
+    Scratch{}.carve(counter, plan, exact_keys, exact_values);
+    for (size_t w = 0; w < workers; ++w) {
+        work.arenas[w].reserve(counter.used());
+        Carver carver(work.arenas[w].data());
+        work.scratches[w].carve(carver, plan, exact_keys, exact_values);
+    }
+    if (plan.n_splits > 1) {
+        const size_t parts = static_cast<size_t>(plan.k->shape.kv_heads * plan.n_splits);
+        Carver one(nullptr);
+        Sums{}.carve(one, plan, plan.entries, exact_values);
+        work.partial_arena.reserve(one.used() * parts);
+        if (work.partials.size() < parts) {
+            work.partials.resize(parts);
+        }
+        Carver carver(work.partial_arena.data());
+        for (size_t i = 0; i < parts; ++i) {
+            work.partials[i].carve(carver, plan, plan.entries, exact_values);
+        }
+    }
+}
+
+void run(const Plan& plan, AttentionWorkspace::Impl& work, const ParallelFor& parallel) {
+    const int64_t per_head = plan.n_chunks * plan.n_splits;
+    const bool has_exact = !work.exact_values.empty();
+    parallel(plan.tasks(), [&](int64_t index, int worker) {
+        const int kv_head = static_cast<int>(index / per_head);
+        const int64_t chunk = index % per_head / plan.n_splits;
+        const int64_t split = index % plan.n_splits;
+        const int64_t first = chunk * plan.chunk;
+        const int count = static_cast<int>(std::min<int64_t>(plan.chunk, plan.entries - first));
+        Scratch& scratch = work.scratches[static_cast<size_t>(worker)];
+        Sums sums = scratch.sums;
+        if (plan.n_splits > 1) {
+            sums = work.partials[static_cast<size_t>(kv_head * plan.n_splits + split)];
+            sums.row += first;
+            sums.coded += first * plan.value_ld;
+            sums.exact += has_exact ? first * plan.value_ld : 0;
+        }
+        Task(plan, work, scratch, kv_head, first, count, sums)
+            .run(split * plan.split_tiles, std::min(plan.n_tiles, (split + 1) * plan.split_tiles));
+        if (plan.n_splits == 1) {
+            for (int m = 0; m < count; ++m) {
+                finish(plan, work, scratch, kv_head, first + m, &sums, 1, m);
+            }
+        }
+    });
+    if (plan.n_splits > 1) {
+        parallel(plan.k->shape.kv_heads * plan.entries, [&](int64_t index, int worker) {
+            const int kv_head = static_cast<int>(index / plan.entries);
+            finish(plan, work, work.scratches[static_cast<size_t>(worker)], kv_head, index % plan.entries,
+                   work.partials.data() + kv_head * plan.n_splits, plan.n_splits, index % plan.entries);
+        });
+    }
+}
+
+} // namespace
+} // namespace attention
+
+Status attend(const Store& k, const Store& v, const AttentionCall& call, AttentionWorkspace& workspace,
+              const ParallelFor& parallel, Isa isa) {
+    const int n_workers = parallel.run == nullptr ? 1 : std::max(1, parallel.n_workers);
+    AttentionWorkspace::Impl& work = workspace.impl();
+    try {
+        attention::Plan plan;
+        if (Status s = attention::make_plan(k, v, call, n_workers, isa, plan); !s.ok()) {
+            return s;
+        }
+        if (call.n_queries == 0) {
+            return {};
+        }
+        if (Status s = work.exact_keys.collect(k, call.k_staging, call, "key"); !s.ok()) {
+            return s;
+        }
+        if (Status s = work.exact_values.collect(v, call.v_staging, call, "value"); !s.ok()) {
+            return s;
+        }
+        attention::prepare(plan, work, n_workers);
+        attention::run(plan, work, parallel);
+    } catch (const std::bad_alloc&) {
+        return {StatusCode::out_of_memory, "attention: no memory to work in for " + std::to_string(call.n_queries) +
+                                               " queries; use smaller batches"};
+    }
+    return {};
+}
+
+} // namespace turboquant

@@ -1,0 +1,16 @@
+#include "attention/kernels.h"
+
+namespace turboquant::attention {
+
+const Kernels* find_kernels(Isa isa) {
+    switch (isa) {
+    case Isa::portable: return &portable_kernels();
+#ifdef TURBOQUANT_X86_KERNELS
+    case Isa::avx2: return &avx2_kernels();
+    case Isa::avx512: return &avx512_kernels();
+#endif
+    default: return nullptr;
+    }
+}
+
+} // namespace turboquant::attention

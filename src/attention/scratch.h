@@ -1,0 +1,152 @@
+// Memory that attend() works in: grows, never shrinks, is carved up anew for each call. Internal: not installed.
+#pragma once
+
+#include "attention/plan.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+namespace turboquant::attention {
+
+// 64-byte aligned memory that only grows. Contents are lost when it does.
+class Arena {
+public:
+    Arena() = default;
+    Arena(Arena&& other) noexcept : data_(other.data_), size_(other.size_) {
+        other.data_ = nullptr;
+        other.size_ = 0;
+    }
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    ~Arena() { release(); }
+
+    void reserve(size_t bytes) {
+        if (bytes > size_) {
+            release();
+            data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64}));
+            size_ = bytes;
+        }
+    }
+    std::byte* data() { return data_; }
+
+private:
+    void release() {
+        if (data_ != nullptr) {
+            ::operator delete(data_, std::align_val_t{64});
+        }
+        data_ = nullptr;
+        size_ = 0;
+    }
+    std::byte* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Hands out consecutive aligned arrays of an arena. With base null it only counts.
+class Carver {
+public:
+    explicit Carver(std::byte* base) : base_(base) {}
+    template <class T>
+    void take(T*& p, int64_t n) {
+        p = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+        used_ += (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+    }
+    size_t used() const { return used_; }
+
+private:
+    std::byte* base_ = nullptr;
+    size_t used_ = 0;
+};
+
+// What the entries of a task have found so far. Strides between entries: plan.value_ld.
+struct Sums {
+    RowState* row = nullptr;
+    float* coded = nullptr; // sum of p * value in the codes' rotated basis
+    float* exact = nullptr; // sum of p * value of exact rows, plain basis
+    void carve(Carver& c, const Plan& plan, int64_t entries, bool has_exact) {
+        c.take(row, entries);
+        c.take(coded, entries * plan.value_ld);
+        c.take(exact, has_exact ? entries * plan.value_ld : 0);
+    }
+};
+
+// One worker's arrays. m counts a task's entries.
+struct Scratch {
+    float* query = nullptr;         // [m][key_size] rotated, query_factor folded in
+    float* plain_query = nullptr;   // [m][key_size] the same not rotated, for exact rows
+    float* query_mean = nullptr;    // [m] <q, mu>
+    IntWord* query_words = nullptr; // [m][query_words_ld]
+    float* query_mul = nullptr;     // [m]
+    int32_t* query_sum = nullptr;   // [m]
+    float* scores = nullptr;        // [m][64] scores, then probabilities
+    uint8_t* live = nullptr;        // [m] has probabilities in this tile
+    IntWord* weight_words = nullptr; // [m][16]
+    float* weight_mul = nullptr;    // [m]
+    int32_t* weight_sum = nullptr;  // [m]
+    float* rescale = nullptr;       // [m]
+    float* bias = nullptr;          // [query][64] the mask
+    uint8_t* sight = nullptr;       // [query] Sight
+    uint64_t* exact_bits = nullptr; // [query]
+    uint8_t* bytes = nullptr;       // a tile's codes
+    float* scale = nullptr;         // [64]
+    float* key_tile = nullptr;      // [key_size][64]
+    float* keyed_value_tile = nullptr; // [v head size][64] of a key store that serves as values
+    float* value_tile = nullptr;    // [64][value_ld]
+    float* exact_tile = nullptr;    // [exact row of the tile][channel]
+    float* vector = nullptr;        // 2 * max(key_size, v head size): one vector on its way through a rotation
+    Sums sums;                      // used where a task covers all tiles
+
+    int query_words_ld = 0;
+
+    void carve(Carver& c, const Plan& plan, bool exact_keys, bool exact_values) {
+        const int64_t m = plan.chunk;
+        const int64_t queries = m / plan.group + 2; // a chunk may begin and end within a query's heads
+        const int64_t dk = plan.key_size;
+        const int64_t dv = plan.v->shape.head_size;
+        const int64_t widest = round_up(static_cast<int>(dk > dv ? dk : dv), 16);
+        query_words_ld = round_up(plan.key_size, 32) / 4;
+        c.take(query, m * dk);
+        c.take(plain_query, exact_keys ? m * dk : 0);
+        c.take(query_mean, m);
+        c.take(query_words, plan.int_keys ? m * query_words_ld : 0);
+        c.take(query_mul, m);
+        c.take(query_sum, m);
+        c.take(scores, m * kTileRows);
+        c.take(live, m);
+        c.take(weight_words, m * (kTileRows / 4));
+        c.take(weight_mul, m);
+        c.take(weight_sum, m);
+        c.take(rescale, m);
+        c.take(bias, queries * kTileRows);
+        c.take(sight, queries);
+        c.take(exact_bits, queries);
+        c.take(bytes, widest * kTileRows);
+        c.take(scale, kTileRows);
+        c.take(key_tile, plan.int_keys ? 0 : dk * kTileRows);
+        c.take(keyed_value_tile, plan.keyed_values ? dv * kTileRows : 0);
+        c.take(value_tile, plan.int_values ? 0 : static_cast<int64_t>(plan.value_ld) * kTileRows);
+        c.take(exact_tile, exact_keys || exact_values ? widest * kTileRows : 0);
+        c.take(vector, 2 * widest);
+        sums.carve(c, plan, m, exact_values);
+    }
+};
+
+} // namespace turboquant::attention
+
+namespace turboquant {
+
+struct AttentionWorkspace::Impl {
+    std::vector<attention::Arena> arenas;      // one a worker
+    std::vector<attention::Scratch> scratches; // one a worker
+    attention::Arena partial_arena;
+    std::vector<attention::Sums> partials; // [kv_head][split], each of all entries
+    attention::ExactRows exact_keys;
+    attention::ExactRows exact_values;
+    attention::LevelTables key_tables;
+    attention::LevelTables value_tables;
+    int key_bits = 0;   // that the tables are for
+    int value_bits = 0;
+};
+
+} // namespace turboquant
