@@ -326,8 +326,12 @@ bool map_state(const std::vector<uint8_t>& state, StateMap& map) {
         at += sizeof value;
     };
     map = {};
+    uint32_t magic = 0;
+    llama_seq_id sequence = 0;
     uint32_t streams = 0;
     uint32_t cells = 0;
+    take(magic);
+    take(sequence);
     take(streams);
     // One stream per sequence: those before the sequence's own say "no cells".
     for (uint32_t s = 0; good && s < streams && cells == 0; ++s) {

@@ -107,7 +107,7 @@ TEST_F(Sequences, ClearLeavesNothing) {
         const Logits first = decode(context.get(), prompts[1]);
         decode(context.get(), prompts[2], {.begin = static_cast<llama_pos>(prompts[1].size())});
         llama_memory_clear(llama_get_memory(context.get()), true);
-        EXPECT_EQ(decode(context.get(), prompts[1]), first) << "window " << cache.window;
+        EXPECT_TRUE(decode(context.get(), prompts[1]) == first) << "window " << cache.window;
     }
 }
 
@@ -132,7 +132,7 @@ TEST_F(Sequences, CopiedStreamContinuesBitForBit) {
             const Logits copy = decode(context.get(), tail, {.sequence = 1, .begin = n});
             const Logits original = decode(context.get(), tail, {.sequence = 0, .begin = n});
             ASSERT_FALSE(copy.empty());
-            EXPECT_EQ(copy, original) << cache.kv << " window " << cache.window;
+            EXPECT_TRUE(copy == original) << cache.kv << " window " << cache.window;
         }
     }
 }
@@ -169,10 +169,10 @@ TEST_F(Sequences, ContextShiftAsTheHostDoesIt) {
             std::printf("%s chunk %d: pass-through %.2e, 8/8 %.4f, 2/2 with every row exact %.2e; noise %.2e, without shift %.2f\n",
                         name, chunk, pass.relative, eight.relative, exact.relative, noise, unshifted);
             EXPECT_LE(pass.relative, 2 * noise) << name;
-            EXPECT_LE(eight.relative, 0.04) << name;
+            EXPECT_LE(eight.relative, 0.02) << name;
             EXPECT_LE(exact.relative, 2 * noise) << name;
         }
-        EXPECT_GT(unshifted, 0.1) << "the test would not notice a missing shift";
+        EXPECT_GT(unshifted, 0.04) << "the test would not notice a missing shift";
     }
 }
 
@@ -238,7 +238,7 @@ TEST_F(Sequences, TwoContextsOnTwoThreads) {
     work(0);
     other.join();
     for (int i = 0; i < 2; ++i) {
-        EXPECT_EQ(got[i], expected[i]) << "context " << i;
+        EXPECT_TRUE(got[i] == expected[i]) << "context " << i;
     }
     // Settings are the context's own: the two differ by more than noise.
     EXPECT_GT(against(got[0], got[1]).relative, 0.01);
@@ -262,7 +262,7 @@ TEST_F(Sequences, TwoModelsTakeTurns) {
     llama_model* models[2] = {plugin.get(), draft.get()};
     for (int i = 0; i < 2; ++i) {
         const Context context = make_context(models[i], {}, cache);
-        EXPECT_EQ(turns[i], decode(context.get(), prompts[0], {.chunk = 4})) << "model " << i;
+        EXPECT_TRUE(turns[i] == decode(context.get(), prompts[0], {.chunk = 4})) << "model " << i;
     }
 }
 
