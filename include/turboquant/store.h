@@ -46,15 +46,16 @@ struct Conditioning {
 
 struct StoreCounters {
     uint64_t rows_written = 0;
-    uint64_t saturated = 0; // rotation blocks whose scale exceeded fp16
-    uint64_t nonfinite = 0; // rotation blocks (or exact rows) with NaN or infinity, stored as zero
+    uint64_t saturated = 0; // (row, head) parts with values above fp16, and rotation blocks with such a scale
+    uint64_t nonfinite = 0; // (row, head) parts with NaN or infinity, stored as zeros
 };
 
 class Store;
 
 // The exact rows that one batch of writes needs between its write and its attention, so that a query in the middle of
 // a prompt sees its own `window` latest rows exact although the ring has moved on. One object can serve all layers in
-// turn. It holds the ring as it was before the batch, then the batch. Reused without allocating once grown.
+// turn. It holds the ring as it was before the batch (oldest first, less the rows that the batch overwrites), then the
+// batch. Empty when the store keeps no exact rows. Reused without allocating once grown.
 struct Staging {
     const Store* owner = nullptr; // the store last written through it
     int64_t batch_begin = 0;      // entries [batch_begin, size) are the batch, in order of writing
@@ -83,7 +84,8 @@ public:
     const StoreCounters& counters() const;
     size_t bytes() const;
 
-    // Writes n rows; row i is x + i*stride (floats, [kv_head][channel]) and goes to index[i]. staging may be null.
+    // Writes n rows; row i is x + i*stride (floats, [kv_head][channel]) and goes to index[i]. staging may be null,
+    // and should be for a single row: the ring then says all that its query needs, and filling it copies the ring.
     // An index out of range or a repeated index in one call: invalid_argument and nothing is written.
     Status write(const float* x, int64_t stride, const int64_t* index, int64_t n, const ParallelFor& parallel,
                  Staging* staging);
@@ -93,28 +95,33 @@ public:
     // taken the longest pinned row gives way (it falls back to its codes). No slots at all: does nothing.
     Status pin(int64_t row, const Staging* staging);
 
-    // Replaces a row's values without changing what it is: ring place, age and pinning stay (context shift).
+    // Replaces a row's values without changing what it is: ring place, age and pinning stay (context shift). A row that
+    // was never written gets codes and no place in the ring.
     Status rewrite(int64_t row, const float* x);
 
-    // The row as attention sees it (exact where exact), [kv_head][channel] floats, conditioning undone.
+    // The row as attention sees it (exact where exact), [kv_head][channel] floats, conditioning undone. Zeros for a
+    // row never written.
     Status read(int64_t row, float* x) const;
+    bool is_written(int64_t row) const; // written and not cleared since
     bool is_exact(int64_t row) const;
     bool is_pinned(int64_t row) const;
 
     // A row for keeping elsewhere, written to out[0..native_row_bytes()): reading it back with write_native gives
     // the same codes, scales and exactness bit by bit. An exact row is its fp16 values whose lowest mantissa bits
-    // in the first 64 elements say what it is (age, pinned): attention uses those very values. Never longer than
-    // 2 * row_elements() bytes (except fp32 pass-through: 4 *).
+    // in the first 64 elements say what it is (age, pinned): attention uses those very values. 2 * row_elements()
+    // bytes (fp32 pass-through: 4 *); a codec row of fewer than 64 elements may need more and is never exact.
     // A never written (or cleared) row is all zero bytes; all zero bytes clear a row.
     size_t native_row_bytes() const;
     void read_native(int64_t row, uint8_t* out) const;
-    // `in` is what read_native gave, from a store of the same shape, bits and conditioning. Error (row unchanged)
+    // `in` is what read_native gave, from a store of the same shape, bits and conditioning (window and sinks may
+    // differ: an exact row that finds no place, or is older than all of a full ring, is kept as codes). Error (row unchanged)
     // when it says it is a native row but does not fit this store (other bits, other shape, damaged).
     // not_native is set when it is no native row at all: the caller may take it as plain values.
     Status write_native(int64_t row, const uint8_t* in, bool& not_native);
 
-    // Everything of `source` (same shape, options and conditioning) becomes this store's.
+    // Everything of `source` (same shape, options and conditioning) becomes this store's, except its counters.
     Status copy_from(const Store& source);
+    // Back to the state after create(), except the counters. Gives the pages back.
     void clear();
 
     struct Impl;

@@ -8,6 +8,8 @@
 
 namespace turboquant {
 
+struct CodecKernels; // codec/kernels.h
+
 // Anonymous zero pages, 64-byte aligned at least; reserved, not touched.
 class PageMemory {
 public:
@@ -43,6 +45,9 @@ struct Store::Impl {
     // Per channel, [kv_head][head_size]; what the rotation's signs and lambda come to:
     std::vector<float> encode_factor; // sign * lambda: rotated = H (factor * (x - mu)) / sqrt(n)
     std::vector<float> query_factor;  // sign / lambda: rotated query = H (factor * q) / sqrt(n)
+    std::vector<float> encode_mu;     // mu, zeros where there is none; it and encode_factor have 16 more entries behind
+    uint32_t conditioning_id = 0;     // hash of mu and lambda, in native rows
+    const CodecKernels* kernels = nullptr;
 
     // Pass-through rows (options.bits 16 or 32): [kv_head][n_tiles * 64][head_size] fp16 or fp32.
     PageMemory plain;
@@ -52,12 +57,21 @@ struct Store::Impl {
     std::vector<int64_t> slot_row;
     std::vector<uint64_t> slot_age;    // the clock when the row was written; later is larger
     std::vector<uint8_t> slot_pinned;
+    std::vector<uint64_t> slot_pin_order; // pin_clock when it was pinned; the smallest gives way first
     PageMemory slot_raw;
+    int n_ring = 0;                    // slots in use and not pinned: at most window
+    int n_pinned = 0;                  // at most sink_slots
+    uint64_t pin_clock = 0;
     uint64_t clock = 0;                // age of the latest row written; the first row gets 1
 
     // Bit r of entry t is row 64 t + r.
     std::vector<uint64_t> exact_rows;   // has a slot
     std::vector<uint64_t> written_rows; // was written and not cleared
+
+    // Scratch of write(): bits of the rows of the batch; ring slots by age; the slot of each of the last `window` rows.
+    std::vector<uint64_t> batch_rows;
+    std::vector<int32_t> ring_order;
+    std::vector<int32_t> batch_slots;
 
     const uint8_t* tile_codes(int kv_head, int64_t t) const {
         return codes.data() + (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * tile.tile_bytes;
@@ -69,6 +83,25 @@ struct Store::Impl {
     const uint16_t* raw(int slot) const {
         return reinterpret_cast<const uint16_t*>(slot_raw.data()) + static_cast<size_t>(slot) * static_cast<size_t>(shape.row_elements());
     }
+
+    uint8_t* tile_codes(int kv_head, int64_t t) {
+        return const_cast<uint8_t*>(static_cast<const Impl*>(this)->tile_codes(kv_head, t));
+    }
+    uint16_t* tile_scales(int kv_head, int64_t t) {
+        return const_cast<uint16_t*>(static_cast<const Impl*>(this)->tile_scales(kv_head, t));
+    }
+    uint16_t* raw(int slot) { return const_cast<uint16_t*>(static_cast<const Impl*>(this)->raw(slot)); }
+    // One head's row of `plain`.
+    uint8_t* plain_row(int kv_head, int64_t row) const {
+        const size_t index = static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) * kTileRows + static_cast<size_t>(row);
+        return plain.data() + index * static_cast<size_t>(shape.head_size) * static_cast<size_t>(options.bits / 8);
+    }
+
+    bool coded() const { return book != nullptr; }
+    bool in_range(int64_t row) const { return row >= 0 && row < shape.rows; }
+    bool is_written(int64_t row) const { return (written_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
+    bool is_exact(int64_t row) const { return (exact_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
+    int find_slot(int64_t row) const; // -1: the row is not exact
 };
 
 } // namespace turboquant

@@ -1,1 +1,23 @@
 # Sources of src/codec: target_sources(turboquant PRIVATE ...) and per-file compile options (instruction sets).
+target_sources(turboquant PRIVATE
+    codec/codec.cpp
+    codec/isa.cpp
+    codec/kernels_portable.cpp
+    codec/rotation.cpp)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag("-mavx2 -mfma -mf16c" TURBOQUANT_COMPILER_AVX2)
+    check_cxx_compiler_flag("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni" TURBOQUANT_COMPILER_AVX512)
+    if(TURBOQUANT_COMPILER_AVX2)
+        target_sources(turboquant PRIVATE codec/kernels_avx2.cpp)
+        target_compile_definitions(turboquant PRIVATE TURBOQUANT_HAVE_AVX2)
+        set_source_files_properties(codec/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+    endif()
+    if(TURBOQUANT_COMPILER_AVX2 AND TURBOQUANT_COMPILER_AVX512)
+        target_sources(turboquant PRIVATE codec/kernels_avx512.cpp)
+        target_compile_definitions(turboquant PRIVATE TURBOQUANT_HAVE_AVX512)
+        set_source_files_properties(codec/kernels_avx512.cpp PROPERTIES
+            COMPILE_OPTIONS "-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+    endif()
+endif()

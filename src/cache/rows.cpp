@@ -1,0 +1,219 @@
+#include "cache/rows.h"
+
+#include "codec/codec_tables.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace turboquant {
+
+namespace {
+
+constexpr uint64_t kTagMagic = 0xb5c94d; // no run of equal bits, so that no regular row of values looks like it
+constexpr int kPinnedBit = 24;
+constexpr int kAgeBit = 25;
+constexpr int kChecksumBit = 57;
+constexpr uint64_t kTagFields = (uint64_t{1} << kChecksumBit) - 1;
+constexpr uint32_t kInfinityBits = 0x7f800000U;
+constexpr uint32_t kHalfOverflowBits = 0x477ff000U; // 65520: what rounds to infinity in fp16
+
+uint64_t tag_checksum(uint64_t fields) {
+    return (fields * 0x9e3779b97f4a7c15U) >> kChecksumBit;
+}
+
+int tag_elements(int head_size, int kv_head) {
+    return std::clamp(kTagElements - kv_head * head_size, 0, head_size);
+}
+
+PlaneShape plane_shape(Side side, const Plane& plane) {
+    const int fields = 8 / plane.width;
+    return {plane.width, plane.shift, side == Side::key ? plane.padded_channels / (4 * fields) : kTileRows / (4 * fields)};
+}
+
+} // namespace
+
+uint64_t make_tag(uint64_t age, bool pinned) {
+    const uint64_t fields = kTagMagic | uint64_t{pinned} << kPinnedBit | (age & 0xffffffffU) << kAgeBit;
+    return fields | tag_checksum(fields) << kChecksumBit;
+}
+
+bool read_tag(const uint16_t* row, uint32_t& age, bool& pinned, bool& damaged) {
+    uint64_t tag = 0;
+    for (int i = 0; i < kTagElements; ++i) {
+        tag |= static_cast<uint64_t>(row[i] & 1U) << i;
+    }
+    if ((tag & 0xffffffU) != kTagMagic) {
+        return false;
+    }
+    damaged = tag_checksum(tag & kTagFields) != tag >> kChecksumBit;
+    pinned = (tag >> kPinnedBit & 1U) != 0;
+    age = static_cast<uint32_t>(tag >> kAgeBit);
+    return true;
+}
+
+void put_tag(uint16_t* values, int first, int n, uint64_t tag) {
+    const int end = std::min(n, kTagElements - first);
+    for (int i = 0; i < end; ++i) {
+        values[i] = static_cast<uint16_t>((values[i] & 0xfffeU) | (tag >> (first + i) & 1U));
+    }
+}
+
+void round_head(const Store::Impl& impl, const float* x, uint16_t* h, HeadNotes& notes) {
+    alignas(64) float v[kMaxHeadSize];
+    const int n = impl.shape.head_size;
+    const int padded = round_up(n, kVectorPadding);
+    std::memcpy(v, x, static_cast<size_t>(n) * sizeof(float));
+    std::fill(v + n, v + padded, 0.0F);
+    const uint32_t top = impl.kernels->round_to_half(v, padded, h);
+    if (top >= kInfinityBits) {
+        std::fill(h, h + padded, uint16_t{0});
+        ++notes.nonfinite;
+    } else if (top >= kHalfOverflowBits) {
+        ++notes.saturated;
+    }
+    std::fill(h + padded, h + padded + kVectorPadding, uint16_t{0});
+}
+
+void clear_tag_bits(const Store::Impl& impl, int kv_head, uint16_t* h) {
+    if (impl.shape.row_elements() < kTagElements) {
+        return;
+    }
+    const int n = tag_elements(impl.shape.head_size, kv_head);
+    for (int i = 0; i < n; ++i) {
+        h[i] &= 0xfffeU;
+    }
+}
+
+void scatter_codes(Store::Impl& impl, int64_t row, int kv_head, const uint8_t* codes) {
+    uint8_t* const tile = impl.tile_codes(kv_head, row / kTileRows);
+    const int r = static_cast<int>(row % kTileRows);
+    for (int p = 0; p < impl.tile.n_planes; ++p) {
+        const Plane& plane = impl.tile.planes[p];
+        const PlaneShape shape = plane_shape(impl.tile.side, plane);
+        if (impl.tile.side == Side::key) {
+            impl.kernels->put_key_row(tile + plane.offset, shape, r, codes);
+        } else {
+            impl.kernels->put_value_row(tile + plane.offset, shape, plane.padded_channels, r, codes);
+        }
+    }
+}
+
+void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* codes) {
+    const uint8_t* const tile = impl.tile_codes(kv_head, row / kTileRows);
+    const int r = static_cast<int>(row % kTileRows);
+    const int n = impl.shape.head_size;
+    std::fill(codes, codes + n, uint8_t{0});
+    for (int p = 0; p < impl.tile.n_planes; ++p) {
+        const Plane& plane = impl.tile.planes[p];
+        const unsigned mask = (1U << plane.width) - 1U;
+        for (int c = 0; c < n; ++c) {
+            const FieldPosition at = field_position(impl.tile.side, plane, r, c);
+            codes[c] |= static_cast<uint8_t>((static_cast<unsigned>(tile[plane.offset + at.byte]) >> at.bit & mask) << plane.shift);
+        }
+    }
+}
+
+void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes) {
+    alignas(64) float y[kMaxHeadSize];
+    alignas(64) uint8_t codes[kMaxHeadSize + 32];
+    const EncodeTable& table = encode_table(impl.options.bits);
+    const KernelRule rule = impl.shape.side == Side::key ? KernelRule::unbiased : KernelRule::matched;
+    const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(impl.shape.head_size);
+    const float* const mu = impl.encode_mu.data() + head_at;
+    const float* const factor = impl.encode_factor.data() + head_at;
+    uint16_t* const scales = impl.tile_scales(kv_head, row / kTileRows) + row % kTileRows;
+    for (int b = 0; b < impl.n_blocks; ++b) {
+        const RotationBlock& block = impl.rotation.blocks()[static_cast<size_t>(b)];
+        impl.kernels->condition(h + block.offset, mu + block.offset, factor + block.offset, block.size, y);
+        impl.kernels->hadamard(y, block.size, false);
+        // Writes the block's padding too, which the next block's codes then cover.
+        const uint8_t note =
+            impl.kernels->encode(y, block.size, table, rule, codes + block.offset, scales + b * kTileRows);
+        notes.saturated += note & static_cast<uint8_t>(EncodeNote::saturated);
+        notes.nonfinite += (note & static_cast<uint8_t>(EncodeNote::nonfinite)) != 0 ? 1U : 0U;
+    }
+    std::fill(codes + impl.shape.head_size, codes + round_up(impl.shape.head_size, 32), uint8_t{0});
+    scatter_codes(impl, row, kv_head, codes);
+}
+
+void decode_head(const Store::Impl& impl, int64_t row, int kv_head, float* x) {
+    uint8_t codes[kMaxHeadSize];
+    gather_codes(impl, row, kv_head, codes);
+    const uint16_t* const scales = impl.tile_scales(kv_head, row / kTileRows) + row % kTileRows;
+    for (int b = 0; b < impl.n_blocks; ++b) {
+        const RotationBlock& block = impl.rotation.blocks()[static_cast<size_t>(b)];
+        decode_block(codes + block.offset, block.size, *impl.book, scales[b * kTileRows], x + block.offset);
+    }
+    impl.rotation.inverse(x, x);
+    const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(impl.shape.head_size);
+    for (size_t c = 0; c < static_cast<size_t>(impl.shape.head_size); ++c) {
+        if (!impl.conditioning.lambda.empty()) {
+            x[c] /= impl.conditioning.lambda[head_at + c];
+        }
+        x[c] += impl.encode_mu[head_at + c];
+    }
+}
+
+void set_bit(std::vector<uint64_t>& bits, int64_t row, bool value) {
+    const uint64_t bit = uint64_t{1} << (row % 64);
+    uint64_t& word = bits[static_cast<size_t>(row / 64)];
+    word = value ? word | bit : word & ~bit;
+}
+
+int Store::Impl::find_slot(int64_t row) const {
+    if (!is_exact(row)) {
+        return -1;
+    }
+    const auto found = std::find(slot_row.begin(), slot_row.end(), row);
+    return static_cast<int>(found - slot_row.begin());
+}
+
+void release_slot(Store::Impl& impl, int slot) {
+    const auto s = static_cast<size_t>(slot);
+    set_bit(impl.exact_rows, impl.slot_row[s], false);
+    --(impl.slot_pinned[s] != 0 ? impl.n_pinned : impl.n_ring);
+    impl.slot_row[s] = -1;
+    impl.slot_pinned[s] = 0;
+}
+
+int free_slot(const Store::Impl& impl) {
+    return static_cast<int>(std::find(impl.slot_row.begin(), impl.slot_row.end(), -1) - impl.slot_row.begin());
+}
+
+int oldest_ring_slot(const Store::Impl& impl) {
+    int oldest = -1;
+    for (int s = 0; s < impl.n_slots; ++s) {
+        const auto i = static_cast<size_t>(s);
+        if (impl.slot_row[i] >= 0 && impl.slot_pinned[i] == 0 &&
+            (oldest < 0 || impl.slot_age[i] < impl.slot_age[static_cast<size_t>(oldest)])) {
+            oldest = s;
+        }
+    }
+    return oldest;
+}
+
+int longest_pinned_slot(const Store::Impl& impl) {
+    int longest = -1;
+    for (int s = 0; s < impl.n_slots; ++s) {
+        const auto i = static_cast<size_t>(s);
+        if (impl.slot_pinned[i] != 0 &&
+            (longest < 0 || impl.slot_pin_order[i] < impl.slot_pin_order[static_cast<size_t>(longest)])) {
+            longest = s;
+        }
+    }
+    return longest;
+}
+
+void take_slot(Store::Impl& impl, int slot, int64_t row, uint64_t age, bool pinned) {
+    const auto s = static_cast<size_t>(slot);
+    impl.slot_row[s] = row;
+    impl.slot_age[s] = age;
+    impl.slot_pinned[s] = pinned ? 1 : 0;
+    if (pinned) {
+        impl.slot_pin_order[s] = ++impl.pin_clock;
+    }
+    ++(pinned ? impl.n_pinned : impl.n_ring);
+    set_bit(impl.exact_rows, row, true);
+}
+
+} // namespace turboquant

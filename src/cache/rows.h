@@ -1,0 +1,61 @@
+// One row in and out of a store: what write(), rewrite() and write_native() share. Internal.
+#pragma once
+
+#include "cache/store_impl.h"
+#include "codec/kernels.h"
+
+#include <cstdint>
+
+namespace turboquant {
+
+// ---- the tag of an exact row -------------------------------------------------------------------------------------
+// 64 bits in the lowest mantissa bits of the row's first 64 fp16 values, element i holding bit i: magic (24 bits),
+// pinned (1), age (32, the low bits of the clock), checksum of these (7).
+
+inline constexpr int kTagElements = 64;
+
+uint64_t make_tag(uint64_t age, bool pinned);
+// Reads the tag back; false: no tag. `damaged`: the magic is there and the checksum is not right.
+bool read_tag(const uint16_t* row, uint32_t& age, bool& pinned, bool& damaged);
+// Sets the tag bits of elements [first, first + n) of a row, `values` being the first of them.
+void put_tag(uint16_t* values, int first, int n, uint64_t tag);
+
+// ---- one head's row ----------------------------------------------------------------------------------------------
+
+struct HeadNotes {
+    uint64_t saturated = 0;
+    uint64_t nonfinite = 0;
+};
+
+// fp16 values of one head's row: rounded, clamped; all zeros when something is not finite. `h` has room for
+// kMaxHeadSize + 2 * kVectorPadding.
+void round_head(const Store::Impl& impl, const float* x, uint16_t* h, HeadNotes& notes);
+
+// Clears the bits that a tag may take, which codes never depend on.
+void clear_tag_bits(const Store::Impl& impl, int kv_head, uint16_t* h);
+
+// Codes and scales of one head's row from its fp16 values (finite, tag bits cleared, zeros up to 32 elements behind
+// the head). Rows of one tile and head must not be written concurrently.
+void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes);
+
+// The stored codes (head_size bytes, layout.h) of one head's row.
+void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* codes);
+void scatter_codes(Store::Impl& impl, int64_t row, int kv_head, const uint8_t* codes); // padded with zeros to 32
+
+// One head's row as its codes decode, conditioning undone.
+void decode_head(const Store::Impl& impl, int64_t row, int kv_head, float* x);
+
+// ---- slots -------------------------------------------------------------------------------------------------------
+
+// Frees a slot; the row falls back to its codes.
+void release_slot(Store::Impl& impl, int slot);
+// A free slot; there is one whenever the ring or the pins have room.
+int free_slot(const Store::Impl& impl);
+int oldest_ring_slot(const Store::Impl& impl);    // -1: the ring is empty
+int longest_pinned_slot(const Store::Impl& impl); // -1: none
+// Puts a row into a free slot. Its values (raw) are the caller's to write.
+void take_slot(Store::Impl& impl, int slot, int64_t row, uint64_t age, bool pinned);
+
+void set_bit(std::vector<uint64_t>& bits, int64_t row, bool value);
+
+} // namespace turboquant
