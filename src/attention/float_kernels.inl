@@ -32,7 +32,6 @@ inline Vf vmax(Vf a, Vf b) {
     return a > b ? a : b;
 }
 #if defined(__AVX2__) || defined(__AVX512F__)
-// The upper halves are taken with zeroing masks: the plain intrinsics make GCC 12 warn of its own header.
 inline __m256 low_half(Vf v) {
 #if defined(__AVX512F__)
     return _mm512_castps512_ps256(reinterpret_cast<__m512>(v));
@@ -43,7 +42,7 @@ inline __m256 low_half(Vf v) {
 inline float lane_sum(Vf v) {
     __m256 a = low_half(v);
 #if defined(__AVX512F__)
-    a = _mm256_add_ps(a, _mm512_maskz_extractf32x8_ps(0xff, reinterpret_cast<__m512>(v), 1));
+    a = _mm256_add_ps(a, _mm512_extractf32x8_ps(reinterpret_cast<__m512>(v), 1));
 #endif
     __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
@@ -52,7 +51,7 @@ inline float lane_sum(Vf v) {
 inline float lane_max(Vf v) {
     __m256 a = low_half(v);
 #if defined(__AVX512F__)
-    a = _mm256_max_ps(a, _mm512_maskz_extractf32x8_ps(0xff, reinterpret_cast<__m512>(v), 1));
+    a = _mm256_max_ps(a, _mm512_extractf32x8_ps(reinterpret_cast<__m512>(v), 1));
 #endif
     __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     b = _mm_max_ps(b, _mm_movehl_ps(b, b));

@@ -5,8 +5,10 @@ namespace turboquant::attention {
 const Kernels* find_kernels(Isa isa) {
     switch (isa) {
     case Isa::portable: return &portable_kernels();
-#ifdef TURBOQUANT_X86_KERNELS
+#ifdef TURBOQUANT_HAVE_AVX2
     case Isa::avx2: return &avx2_kernels();
+#endif
+#ifdef TURBOQUANT_HAVE_AVX512
     case Isa::avx512: return &avx512_kernels();
 #endif
     default: return nullptr;
