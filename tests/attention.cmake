@@ -1,0 +1,1 @@
+tq_add_test(attention_test SOURCES attention_cases_test.cpp attention_features_test.cpp LABELS core)
