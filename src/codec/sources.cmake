@@ -3,6 +3,7 @@ target_sources(turboquant PRIVATE
     codec/codec.cpp
     codec/isa.cpp
     codec/kernels_portable.cpp
+    codec/reference.cpp
     codec/rotation.cpp)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)

@@ -1,0 +1,12 @@
+# Tests of the codec and the store.
+tq_add_test(codec_rotation_test SOURCES codec_rotation_test.cpp LABELS core)
+tq_add_test(codec_encode_test SOURCES codec_encode_test.cpp LABELS core)
+tq_add_test(codec_reference_test SOURCES codec_reference_test.cpp LABELS core)
+tq_add_test(codec_isa_test SOURCES codec_isa_test.cpp LABELS core)
+
+# TURBOQUANT_ISA is read once a process, so it is set before one starts.
+foreach(isa portable no_such_isa)
+    add_test(NAME codec_isa_test.environment_${isa}
+        COMMAND ${CMAKE_COMMAND} -E env TURBOQUANT_ISA=${isa} $<TARGET_FILE:codec_isa_test> --gtest_filter=IsaEnvironment.*)
+    set_tests_properties(codec_isa_test.environment_${isa} PROPERTIES LABELS core)
+endforeach()
