@@ -1,0 +1,99 @@
+#include "terminal.h"
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+namespace turboquant::app {
+namespace {
+
+std::atomic<bool> interrupted{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler writes it");
+
+void on_interrupt(int signal) {
+    if (interrupted.exchange(true)) {
+        std::signal(signal, SIG_DFL);
+        std::raise(signal);
+    }
+}
+
+std::string styled(const char* code, const std::string& text) {
+    return colours() ? fmt::format("\033[{}m{}\033[0m", code, text) : text;
+}
+
+} // namespace
+
+bool colours() {
+    static const bool yes = [] {
+        const char* no_color = std::getenv("NO_COLOR");
+        const char* term = std::getenv("TERM");
+        return isatty(STDERR_FILENO) != 0 && (no_color == nullptr || *no_color == '\0') &&
+               (term == nullptr || std::strcmp(term, "dumb") != 0);
+    }();
+    return yes;
+}
+
+std::string dim(const std::string& text) {
+    return styled("2", text);
+}
+
+std::string bold(const std::string& text) {
+    return styled("1", text);
+}
+
+std::string red(const std::string& text) {
+    return styled("31", text);
+}
+
+void print_error(const std::string& message) {
+    fmt::print(stderr, "{} {}\n", red("tq:"), message);
+}
+
+void print_note(const std::string& message) {
+    fmt::print(stderr, "{}\n", dim(message));
+}
+
+llm::Progress progress(const std::string& what) {
+    if (isatty(STDERR_FILENO) == 0) {
+        return {};
+    }
+    const auto shown = std::make_shared<int>(-1);
+    return [what, shown](double fraction) {
+        const int percent = static_cast<int>(fraction * 100);
+        if (fraction >= 1) {
+            if (*shown >= 0) {
+                fmt::print(stderr, "\r{:{}}\r", "", what.size() + 6);
+                std::fflush(stderr);
+            }
+            *shown = -1;
+        } else if (percent != *shown) {
+            *shown = percent;
+            fmt::print(stderr, "\r{} {:3}%", what, percent);
+            std::fflush(stderr);
+        }
+    };
+}
+
+void catch_interrupts() {
+    struct sigaction action = {};
+    action.sa_handler = on_interrupt;
+    sigemptyset(&action.sa_mask);
+    action.sa_flags = 0; // reading a line must come back at once
+    sigaction(SIGINT, &action, nullptr);
+}
+
+const std::atomic<bool>& interrupt_flag() {
+    return interrupted;
+}
+
+bool take_interrupt() {
+    return interrupted.exchange(false);
+}
+
+} // namespace turboquant::app

@@ -1,0 +1,31 @@
+// What goes to people: colours, progress, Ctrl-C. Everything here writes to stderr.
+#pragma once
+
+#include "llm/model.h"
+
+#include <atomic>
+#include <string>
+
+namespace turboquant::app {
+
+// stderr is a terminal, NO_COLOR is not set and TERM is not "dumb".
+bool colours();
+std::string dim(const std::string& text);
+std::string bold(const std::string& text);
+std::string red(const std::string& text);
+
+// "tq: message" on stderr.
+void print_error(const std::string& message);
+// A dim line on stderr.
+void print_note(const std::string& message);
+
+// "what 43%", redrawn in place and wiped at the end; nothing where stderr is no terminal.
+llm::Progress progress(const std::string& what);
+
+// Ctrl-C sets the flag; a second one before take_interrupt() ends the program.
+void catch_interrupts();
+const std::atomic<bool>& interrupt_flag();
+// Was there one? Clears it.
+bool take_interrupt();
+
+} // namespace turboquant::app

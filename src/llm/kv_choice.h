@@ -1,0 +1,47 @@
+// Which KV cache the user wants: the grammar of --kv and what the other cache flags change about it.
+//
+//   preset       tq6 tq5 tq4 tq3, `default` (tq4)
+//   K/V          bits for keys and values, 2 3 4 5 6 8 each; 16 is pass-through (fp16 rows in the plug-in, no codec)
+//   host type    f16 q8_0 q5_1 q5_0 q4_0: llama.cpp's own cache, without the plug-in
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace turboquant::llm {
+
+struct KvChoice {
+    std::string name;      // as the user would write it
+    std::string host_type; // not empty: llama.cpp's own cache of this type; the rest is unused
+    int key_bits = 4;
+    int value_bits = 4;
+    int window = 32; // most recently written rows kept exact
+    int sinks = 4;   // first positions kept exact
+
+    bool turboquant() const { return host_type.empty(); }
+    // What goes into TURBOQUANT_KV: "4/4".
+    std::string bits() const;
+    // Name with window and sinks where they matter: "tq4 (4/4 bits, window 32, sinks 4)".
+    std::string describe() const;
+};
+
+// What the flags (or the environment) said; absent: not given.
+struct KvFlags {
+    std::optional<std::string> kv;
+    std::optional<int> key_bits;
+    std::optional<int> value_bits;
+    std::optional<int> window;
+    std::optional<int> sinks;
+    bool no_turboquant = false;
+};
+
+// Throws UsageError that names the accepted words.
+KvChoice parse_kv(std::string_view text);
+KvChoice resolve_kv(const KvFlags& flags);
+
+// f16, q8_0 and the presets from most to fewest bits: the rows of the memory plan.
+const std::vector<std::string>& kv_overview();
+
+} // namespace turboquant::llm

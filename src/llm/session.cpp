@@ -1,0 +1,282 @@
+#include "llm/session.h"
+
+#include "llm/error.h"
+#include "llm/log.h"
+#include "llm/plugin.h"
+#include "llm/sysinfo.h"
+#include "llm/utf8.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+
+namespace turboquant::llm {
+namespace {
+
+constexpr int64_t kBatch = 512; // tokens a call: progress and Ctrl-C come in between
+
+ggml_type find_type(const std::string& name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        const char* known = ggml_type_name(type);
+        if (known != nullptr && name == known) {
+            return type;
+        }
+    }
+    throw Error(fmt::format("this libllama has no cache type {}; use --kv f16 or a preset", name));
+}
+
+// Bytes that the logged rows take in f16: the log counts them in the type of the cache.
+double in_f16(double mib, const std::string& type_name) {
+    const ggml_type type = find_type(type_name);
+    return mib * 1024 * 1024 * 2 * static_cast<double>(ggml_blck_size(type)) / static_cast<double>(ggml_type_size(type));
+}
+
+double seconds_since(int64_t start_us) {
+    return static_cast<double>(llama_time_us() - start_us) * 1e-6;
+}
+
+} // namespace
+
+const char* stop_name(Stop stop) {
+    switch (stop) {
+    case Stop::end: return "end";
+    case Stop::limit: return "limit";
+    case Stop::context: return "context";
+    case Stop::interrupted: return "interrupted";
+    }
+    return "";
+}
+
+Session::Session(const Model& model, const SessionOptions& options) : model_(model), options_(options) {
+    const KvChoice& kv = options_.kv;
+    if (kv.turboquant()) {
+        configure_plugin(kv, shared_head_size(options_.plan));
+    }
+    if (llama_model_has_encoder(model.get()) || !llama_model_has_decoder(model.get()) ||
+        llama_model_is_diffusion(model.get())) {
+        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
+    }
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = static_cast<uint32_t>(options_.plan.context);
+    params.n_batch = kBatch;
+    params.n_ubatch = kBatch;
+    params.n_threads = options_.threads > 0 ? options_.threads : default_threads();
+    params.n_threads_batch = params.n_threads;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.type_k = kv.turboquant() ? GGML_TYPE_F16 : find_type(kv.host_type);
+    params.type_v = params.type_k;
+    params.offload_kqv = true;
+    params.no_perf = true;
+    params.abort_callback = [](void* self) { return static_cast<Session*>(self)->interrupted(); };
+    params.abort_callback_data = this;
+    const LogCapture log;
+    ctx_.reset(llama_init_from_model(model.get(), params));
+    if (!ctx_) {
+        throw Error(fmt::format("{}: no context of {} tokens with the {} cache: {}{}", model.path(),
+                                options_.plan.context, kv.name, log.reason("libllama gave no reason"),
+                                kv.turboquant() ? "; --no-turboquant uses llama.cpp's own cache" : ""));
+    }
+    if (llama_get_memory(ctx_.get()) == nullptr) {
+        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
+    }
+    const LoggedMemory memory = log.memory();
+    kv_bytes_ = std::llround(memory.kv_buffer_mib * 1024 * 1024);
+    double f16 = 0;
+    for (const LoggedCache& cache : memory.caches) {
+        f16 += in_f16(cache.key_mib, cache.key_type) + in_f16(cache.value_mib, cache.value_type);
+    }
+    kv_f16_bytes_ = std::llround(f16);
+}
+
+Session::~Session() = default;
+
+int64_t Session::context_size() const {
+    return llama_n_ctx(ctx_.get());
+}
+
+bool Session::interrupted() const {
+    return options_.interrupt != nullptr && options_.interrupt->load();
+}
+
+// 0: done. 2: interrupted. 1: no room. The mirror of the cache follows whatever was kept. Error on failure.
+int Session::decode(const Token* tokens, int64_t n) {
+    const LogCapture log;
+    // llama_batch_get_one takes a pointer to non-const, but only reads.
+    const int result = llama_decode(ctx_.get(), llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n)));
+    if (result == 0) {
+        cached_.insert(cached_.end(), tokens, tokens + n);
+        return 0;
+    }
+    const llama_pos last = llama_memory_seq_pos_max(llama_get_memory(ctx_.get()), 0);
+    const auto kept = std::clamp<int64_t>(last + 1 - static_cast<int64_t>(cached_.size()), 0, n);
+    cached_.insert(cached_.end(), tokens, tokens + kept);
+    if (result < 0) {
+        throw Error(fmt::format("the model failed after {} tokens: {}; run with --verbose for libllama's log",
+                                cached_.size(), log.reason("libllama gave no reason")));
+    }
+    return result;
+}
+
+// Makes the cache hold a prefix of `tokens`, as long as possible but not all of them; returns its length.
+int64_t Session::keep_common(const std::vector<Token>& tokens) {
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    const size_t most = std::min(cached_.size(), tokens.size() - 1);
+    auto common = static_cast<int64_t>(
+        std::mismatch(cached_.begin(), cached_.begin() + static_cast<int64_t>(most), tokens.begin()).first -
+        cached_.begin());
+    if (common == static_cast<int64_t>(cached_.size())) {
+        return common;
+    }
+    // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
+    // of the first token to be read is still there.
+    const int64_t window = llama_model_n_swa(model_.get());
+    const bool forgotten =
+        window > 0 && llama_memory_seq_pos_min(memory, 0) > std::max<int64_t>(0, common - window);
+    if (common == 0 || forgotten || !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(common), -1)) {
+        clear();
+        return 0;
+    }
+    cached_.resize(static_cast<size_t>(common));
+    return common;
+}
+
+bool Session::read(const std::vector<Token>& tokens, const Progress& progress) {
+    const auto n = static_cast<int64_t>(tokens.size());
+    if (n < 1) {
+        throw UsageError("the prompt is empty; give some text");
+    }
+    if (n > context_size()) {
+        throw Error(fmt::format("the prompt has {} tokens, the context holds {}; shorten it or use --ctx {}",
+                                format_count(n), format_count(context_size()), (n + 512 + 255) / 256 * 256));
+    }
+    read_from_us_ = llama_time_us();
+    stats_ = {};
+    stats_.prompt_tokens = n;
+    const int64_t start = keep_common(tokens);
+    for (int64_t at = start; at < n; at += kBatch) {
+        if (progress && n - start > kBatch) {
+            progress(static_cast<double>(at - start) / static_cast<double>(n - start));
+        }
+        const int result = interrupted() ? 2 : decode(tokens.data() + at, std::min(kBatch, n - at));
+        if (result == 2) {
+            return false;
+        }
+        if (result != 0) {
+            throw Error(fmt::format("the context of {} has no room for the prompt's {} tokens; use a larger --ctx",
+                                    format_count(context_size()), format_count(n)));
+        }
+    }
+    if (progress && n - start > kBatch) {
+        progress(1);
+    }
+    llama_synchronize(ctx_.get());
+    stats_.read_tokens = n - start;
+    stats_.read_seconds = seconds_since(read_from_us_);
+    return true;
+}
+
+Answer Session::generate(llama_sampler* sampler, int64_t limit, const std::function<void(const std::string&)>& on_text,
+                         const std::function<bool()>& on_full) {
+    Answer answer;
+    answer.stats = stats_;
+    Stats& stats = answer.stats;
+    Utf8Stream characters;
+    const auto emit = [&](const std::string& text) {
+        answer.text += text;
+        if (on_text && !text.empty()) {
+            on_text(text);
+        }
+    };
+    int64_t first_us = 0;
+    int64_t last_us = 0;
+    for (;;) {
+        if (limit >= 0 && stats.answer_tokens >= limit) {
+            answer.stop = Stop::limit;
+            break;
+        }
+        if (interrupted()) {
+            answer.stop = Stop::interrupted;
+            break;
+        }
+        if (!answer.undecoded.empty()) {
+            if (static_cast<int64_t>(cached_.size()) >= context_size() && !(on_full && on_full())) {
+                answer.stop = Stop::context;
+                break;
+            }
+            const int result = decode(answer.undecoded.data(), 1);
+            if (result != 0) {
+                answer.stop = result == 2 ? Stop::interrupted : Stop::context;
+                break;
+            }
+            answer.undecoded.clear();
+        }
+        const Token token = llama_sampler_sample(sampler, ctx_.get(), -1);
+        last_us = llama_time_us();
+        if (first_us == 0) {
+            first_us = last_us;
+            stats.first_token_seconds = seconds_since(read_from_us_);
+        }
+        if (model_.ends_answer(token)) {
+            answer.stop = Stop::end;
+            break;
+        }
+        ++stats.answer_tokens;
+        answer.undecoded = {token};
+        emit(characters.push(model_.piece(token)));
+    }
+    emit(characters.finish());
+    stats.answer_seconds = static_cast<double>(last_us - first_us) * 1e-6;
+    stats.context_used = static_cast<int64_t>(cached_.size());
+    stats.context_size = context_size();
+    stats.kv_bytes = kv_bytes_;
+    stats.kv_f16_bytes = kv_f16_bytes_;
+    return answer;
+}
+
+bool Session::can_shift() const {
+    // Recurrent layers have no rows that could be left out.
+    return llama_memory_can_shift(llama_get_memory(ctx_.get())) && !llama_model_is_recurrent(model_.get()) &&
+           !llama_model_is_hybrid(model_.get());
+}
+
+bool Session::shift(int64_t keep, int64_t discard) {
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    const auto size = static_cast<int64_t>(cached_.size());
+    if (!can_shift() || keep < 0 || discard <= 0 || keep + discard > size ||
+        !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(keep), static_cast<llama_pos>(keep + discard))) {
+        return false;
+    }
+    llama_memory_seq_add(memory, 0, static_cast<llama_pos>(keep + discard), -1, static_cast<llama_pos>(-discard));
+    cached_.erase(cached_.begin() + keep, cached_.begin() + keep + discard);
+    return true;
+}
+
+void Session::clear() {
+    llama_memory_clear(llama_get_memory(ctx_.get()), true);
+    cached_.clear();
+}
+
+std::vector<uint8_t> Session::state() const {
+    std::vector<uint8_t> bytes(llama_state_seq_get_size(ctx_.get(), 0));
+    bytes.resize(llama_state_seq_get_data(ctx_.get(), bytes.data(), bytes.size(), 0));
+    return bytes;
+}
+
+bool Session::restore(const std::vector<uint8_t>& state, const std::vector<Token>& tokens) {
+    clear();
+    if (state.empty() || static_cast<int64_t>(tokens.size()) > context_size()) {
+        return false;
+    }
+    llama_memory_t memory = llama_get_memory(ctx_.get());
+    if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), 0) == 0 ||
+        llama_memory_seq_pos_max(memory, 0) + 1 != static_cast<llama_pos>(tokens.size())) {
+        clear();
+        return false;
+    }
+    cached_ = tokens;
+    return true;
+}
+
+} // namespace turboquant::llm
