@@ -25,7 +25,7 @@ sanitize: setup ## the core's tests under the address, undefined-behaviour and t
 	@scripts/test asan-ubsan,tsan $(JOBS)
 
 install: build ## install to PREFIX (default /usr/local; DESTDIR is honoured)
-	@cmake --install $(BUILD) --prefix $(PREFIX)
+	@cmake --install $(BUILD) --prefix "$(PREFIX)"
 
 format: ## rewrite the sources as .clang-format says
 	@scripts/setup lint
