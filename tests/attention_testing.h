@@ -297,15 +297,17 @@ private:
         q_.assign(static_cast<size_t>(query_stride * case_.queries), std::numeric_limits<float>::quiet_NaN());
         for (int64_t i = 0; i < case_.queries; ++i) {
             for (int64_t h = 0; h < n_heads(); ++h) {
+                float* q = q_.data() + i * query_stride + h * head_stride;
                 const int64_t row = static_cast<int64_t>(random_() % static_cast<uint32_t>(case_.rows));
+                const float* key = k_.written.data() + row * k_.exact->shape().row_elements() + h / case_.group * case_.head_size;
+                float norm = 0;
                 for (int c = 0; c < case_.head_size; ++c) {
-                    float x = normal();
-                    if (case_.peaky) {
-                        const size_t n = static_cast<size_t>(k_.exact->shape().row_elements());
-                        x = x * 0.5f + 1.5f * k_.written[static_cast<size_t>(row) * n +
-                                                          static_cast<size_t>(h / case_.group * case_.head_size + c)];
-                    }
-                    q_[static_cast<size_t>(i * query_stride + h * head_stride + c)] = x;
+                    norm += key[c] * key[c];
+                }
+                // One row gets a score of 10 to 25, the others' are noise.
+                const float part = case_.peaky && norm > 0 ? uniform(10, 25) / (scale_ * norm) : 0.0f;
+                for (int c = 0; c < case_.head_size; ++c) {
+                    q[c] = (case_.peaky ? 0.5f : 1.0f) * normal() + part * key[c];
                 }
             }
         }

@@ -1,8 +1,8 @@
 // Kernels for AVX-512 F/BW/DQ/VL with VNNI. Compiled for that; called only where the processor has it.
 //
 // Integer tiles: one dot-product instruction takes four bytes of codes a lane. The other factor has two byte terms, so
-// that nothing is lost that matters (15 bits of the query, 16 of the weights):
-//   keys    lane = row,     codes + 128 as u8, query = 128 hi + lo in s8; the 128 is repaid by the query's sum
+// that nothing is lost that matters (16 bits of the query, 16 of the weights):
+//   keys    lane = row,     codes + 128 as u8, query = 256 hi + lo in s8; the 128 is repaid by the query's sum
 //   values  lane = channel, codes as s8, weights = 256 hi + lo in u8
 #include "attention/kernels.h"
 
@@ -181,7 +181,7 @@ void scores(const TileLayout& tile, const LevelTables& tables, const uint8_t* co
                 const int row = half * 32 + (first + j) * 16;
                 const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales + row)));
                 for (int h = 0; h < Heads; ++h) {
-                    __m512i v = _mm512_add_epi32(_mm512_slli_epi32(acc[j][h][0], 7), acc[j][h][1]);
+                    __m512i v = _mm512_add_epi32(_mm512_slli_epi32(acc[j][h][0], 8), acc[j][h][1]);
                     v = _mm512_sub_epi32(v, _mm512_set1_epi32(sum[h] * 128));
                     _mm512_storeu_ps(s + h * kTileRows + row,
                                      _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_mul_ps(scale, _mm512_set1_ps(mul[h]))));
@@ -273,7 +273,7 @@ inline void store_words(__m512i high, __m512i low, IntWord* words) {
 }
 
 void quantise_query(const float* q, int n, IntWord* words, float* mul, int32_t* sum) {
-    constexpr float kLargest = 127 * 128 + 63; // hi at most 127, lo in -64..63
+    constexpr float kLargest = 127 * 256 + 127; // both terms at most 127
     __m512 top = _mm512_setzero_ps();
     __m512 poison = _mm512_setzero_ps(); // NaN where something is not finite: it must reach the output
     for (int c = 0; c < n; c += 16) {
@@ -286,11 +286,11 @@ void quantise_query(const float* q, int n, IntWord* words, float* mul, int32_t* 
     __m512i total = _mm512_setzero_si512();
     for (int c = 0; c < n; c += 16) {
         const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + c), factor));
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), 7);
-        store_words(high, _mm512_sub_epi32(v, _mm512_slli_epi32(high, 7)), words + c / 4);
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+        store_words(high, v, words + c / 4); // the low byte of v is v - 256 high
         total = _mm512_add_epi32(total, v);
     }
-    for (int w = n / 4; w < round_up(n, 32) / 4; ++w) {
+    for (int w = n / 4; w < (n + 31) / 32 * 8; ++w) {
         words[w] = {};
     }
     alignas(64) int32_t lanes[16];
