@@ -1,1 +1,3 @@
-# Sources of src/capi: target_sources(turboquant PRIVATE ...) and per-file compile options (instruction sets).
+# Sources of src/capi.
+target_sources(turboquant PRIVATE capi/capi.cpp)
+set_source_files_properties(capi/capi.cpp PROPERTIES COMPILE_DEFINITIONS "TURBOQUANT_VERSION=\"${PROJECT_VERSION}\"")
