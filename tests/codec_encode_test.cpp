@@ -235,6 +235,17 @@ TEST(Encode, KeyEstimatorHasNoBias) {
     }
 }
 
+// Blocks that do not fill the kernels' vectors: what stands behind them must not count.
+TEST(Encode, ShortBlocksKeepTheirNorm) {
+    for (const int bits : testing::kCodecBits) {
+        for (const size_t n : {4, 8, 12, 20, 24, 40}) {
+            const std::vector<float> y = normals(n, 3);
+            const std::vector<float> back = decode(encode(y, bits, ScaleRule::matched), bits);
+            EXPECT_NEAR(testing::dot(back.data(), back.data(), n) / testing::dot(y.data(), y.data(), n), 1, 0x1p-10 * 1.01) << n;
+        }
+    }
+}
+
 TEST(Encode, NearestCentroid) {
     for (const int bits : {2, 3, 4, 5, 6}) {
         const Codebook& book = *find_codebook(bits);
