@@ -20,7 +20,8 @@ struct AttentionCall {
     int64_t n_queries = 0;    // 1 for decoding, hundreds for a prompt
     int n_heads = 0;          // a multiple of the stores' kv_heads; head h asks KV head h / (n_heads / kv_heads)
 
-    int64_t n_rows = 0;       // rows [0, n_rows) are attended to, less what the mask hides
+    int64_t n_rows = 0;       // rows [0, n_rows) are attended to, less what the mask hides. Hide rows never written:
+                              // they count as zero codes, that is zeros, or mu where there is one
     const uint16_t* mask = nullptr; // fp16, added to the scores; (query i, row r) at mask[i*mask_query_stride + r];
     int64_t mask_query_stride = 0;  // -inf hides. Null: every row is seen.
 
@@ -35,7 +36,8 @@ struct AttentionCall {
 
     // The batch that these queries belong to: query i's own row is staging entry batch_begin + staging_offset + i. A
     // row is then exact for a query if it is pinned, or among the `window` latest written up to the query's own row.
-    // Null, or not this store's: the rows that are exact in the store are exact for every query.
+    // Null, not this store's, or older than its last write: the rows that are exact in the store are exact for every
+    // query.
     const Staging* k_staging = nullptr;
     const Staging* v_staging = nullptr;
     int64_t staging_offset = 0;
@@ -59,6 +61,8 @@ private:
     std::unique_ptr<Impl> impl_;
 };
 
+// Error against exact attention over the decoded rows: some 1e-6 of the output on the portable path, below 5e-4 where
+// integer kernels serve (avx2, avx512), whose queries and probabilities have 16 bits.
 // k and v: same rows and kv_heads. A query that sees no row gets zeros (with sink logits too). Deterministic for the
 // same inputs, instruction set and number of workers. Errors name the shapes. Reads the stores only.
 Status attend(const Store& k, const Store& v, const AttentionCall& call, AttentionWorkspace& workspace,

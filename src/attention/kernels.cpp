@@ -11,6 +11,9 @@ const Kernels* find_kernels(Isa isa) {
 #ifdef TURBOQUANT_HAVE_AVX512
     case Isa::avx512: return &avx512_kernels();
 #endif
+#ifdef __aarch64__
+    case Isa::neon: return &portable_kernels(); // the compiler's vectors are NEON there: it is the baseline
+#endif
     default: return nullptr;
     }
 }
