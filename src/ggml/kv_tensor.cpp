@@ -29,6 +29,9 @@ Status KvTensor::reserve_bytes(const ggml_tensor& tensor, Side side, const Confi
     const int elements = static_cast<int>(tensor.ne[0]);
     const int hint = side == Side::key ? config.key_head_size : config.value_head_size;
     bytes = 0;
+    if (elements == 0) {
+        return {}; // a layer without attention in a model that has it elsewhere
+    }
     auto consider = [&](int head_size) -> Status {
         size_t one = 0;
         Status status = Store::bytes(shape_of(side, elements, tensor.ne[1], head_size),

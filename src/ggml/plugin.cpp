@@ -170,7 +170,10 @@ constexpr TqDeviceInterface kDeviceInterface = {
     .get_props = device_props,
     .init_backend = device_init_backend,
     .get_buffer_type = device_buffer_type,
-    .get_host_buffer_type = nullptr,
+    // The host gives its CPU back end this type for intermediate results, so both back ends share one type. Only then
+    // does its scheduler move an attention here that no write to the cache precedes (layers that share another's rows);
+    // it would run on the CPU otherwise, on copied bytes that mean nothing there.
+    .get_host_buffer_type = device_buffer_type,
     .buffer_from_host_ptr = nullptr,
     .supports_op = device_supports_op,
     .supports_buft = device_supports_buft,
