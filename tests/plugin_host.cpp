@@ -365,8 +365,8 @@ bool map_state(const std::vector<uint8_t>& state, StateMap& map) {
     return good;
 }
 
-Run run_program(const std::vector<std::string>& command, const std::vector<std::string>& extra, int seconds) {
-    Run run;
+Outcome run_program(const std::vector<std::string>& command, const std::vector<std::string>& extra, int seconds) {
+    Outcome run;
     std::vector<std::string> variables;
     for (char** entry = environ; *entry != nullptr; ++entry) {
         const std::string line = *entry;

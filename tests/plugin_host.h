@@ -56,7 +56,7 @@ struct Shape {
     bool unified = false;
     bool swa_full = true;
     ggml_type type = GGML_TYPE_F16;
-    int threads = 2;
+    int threads = 1; // spinning threads cost more than they give on tiny models
 };
 
 // Null if the host refused. `cache` does not matter for a stock model.
@@ -115,12 +115,12 @@ bool map_state(const std::vector<uint8_t>& state, StateMap& map);
 
 // Runs a program with extra environment "NAME=value" ("NAME" alone unsets it) and returns when it has ended, or was
 // killed after `seconds`. `status` is its exit code, or minus the signal that ended it.
-struct Run {
+struct Outcome {
     int status = 0;
     std::string out; // stdout
     std::string err; // stderr
 };
-Run run_program(const std::vector<std::string>& command, const std::vector<std::string>& environment, int seconds);
+Outcome run_program(const std::vector<std::string>& command, const std::vector<std::string>& environment, int seconds);
 
 } // namespace tqtest
 

@@ -15,7 +15,7 @@ struct Measured {
 };
 
 Measured measure(const std::string& model, const std::string& host) {
-    const Run run = run_program({environment("TQ_TEST_CHILD"), "memory", model, host, std::to_string(kTokens)},
+    const Outcome run = run_program({environment("TQ_TEST_CHILD"), "memory", model, host, std::to_string(kTokens)},
                                 {"TQ_TEST_VERBOSE=1"}, 110);
     EXPECT_EQ(run.status, 0) << run.err;
     Measured m;
@@ -44,9 +44,9 @@ TEST(Memory, ReportedAndResidentAreTheCompressedSize) {
     EXPECT_NEAR(stock.reported_mib, f16, 0.01);
     EXPECT_GE(plugin.reported_mib, codes * 0.99);
     EXPECT_LE(plugin.reported_mib, codes * 1.15 + 0.5);
-    // The rest of a context (compute buffers, threads' stacks) is the same in both processes, give or take scratch.
+    // The rest of a context is the same in both processes, but for the plug-in's scratch, which does not grow with it.
     const double saved = stock.grown_mib - plugin.grown_mib;
-    EXPECT_NEAR(saved, stock.reported_mib - plugin.reported_mib, 2.5);
+    EXPECT_NEAR(saved, stock.reported_mib - plugin.reported_mib, 5);
     EXPECT_LE(plugin.grown_mib, 0.6 * stock.grown_mib);
 }
 

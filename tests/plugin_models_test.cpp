@@ -13,9 +13,13 @@ namespace {
 struct Case {
     const char* name;
     bool has_cache = true;
-    // Relative error of the logits allowed at 8/8; measured, times two.
-    double limit8 = 0.03;
+    // Layers that read the rows of earlier layers come after the batch has left the ring: they see exact only what is in
+    // it then, and so depend on how the prompt was cut.
+    bool shares_rows = false;
 };
+
+// Relative error of the logits at 8/8; measured on all models, times two.
+constexpr double kLimit8 = 0.025;
 
 void PrintTo(const Case& c, std::ostream* out) {
     *out << c.name;
@@ -23,7 +27,7 @@ void PrintTo(const Case& c, std::ostream* out) {
 
 constexpr Case kCases[] = {
     {"llama_64"}, {"llama_80"},      {"llama_96"},      {"llama_128"}, {"llama_group16"}, {"gemma2"},
-    {"gemma3"},   {"gemma4"},        {"qwen2"},         {"qwen3"},     {"jamba"},         {"mamba", false},
+    {"gemma3"},   {"gemma4", true, true},        {"qwen2"},         {"qwen3"},     {"jamba"},         {"mamba", false},
     {"bloom"},    {"deepseek2_mla"}, {"deepseek2_mha"}, {"gpt_oss"},   {"deci"},
 };
 
@@ -64,7 +68,7 @@ TEST_P(TinyModel, PassThroughEqualsTheStockCache) {
     for (const int chunk : kChunks) {
         const Difference d = against(run(plugin.get(), {"16/16"}, chunk), reference);
         std::printf("%s chunk %d: pass-through %.2e, the host's own batchings %.2e\n", GetParam().name, chunk, d.relative, noise);
-        EXPECT_LE(d.relative, 2 * noise) << "chunk " << chunk;
+        EXPECT_LE(d.relative, noise) << "chunk " << chunk;
         EXPECT_LE(d.mean_kld, 5e-6) << "chunk " << chunk;
     }
 }
@@ -85,7 +89,7 @@ TEST_P(TinyModel, BitsOrderTheError) {
         EXPECT_NEAR(single.relative, whole.relative, 0.25 * whole.relative + 1e-3);
         EXPECT_GT(whole.relative, 1.3 * last);
         if (std::string(kv) == "8/8") {
-            EXPECT_LE(whole.relative, GetParam().limit8);
+            EXPECT_LE(whole.relative, kLimit8);
         }
         last = whole.relative;
     }
@@ -116,12 +120,31 @@ TEST_P(TinyModel, WindowFollowsTheQuery) {
     for (const int chunk : {0, 37, 5}) {
         const Difference d = against(run(plugin.get(), cache, chunk), single);
         std::printf("%s chunk %d: %.2e (without window and sinks: %.2e)\n", GetParam().name, chunk, d.relative, none.relative);
-        EXPECT_LE(d.relative, 0.15 * none.relative) << "chunk " << chunk;
+        EXPECT_LE(d.relative, (GetParam().shares_rows ? 1.0 : 0.15) * none.relative) << "chunk " << chunk;
     }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TinyModel, testing::ValuesIn(kCases),
                          [](const testing::TestParamInfo<Case>& p) { return std::string(p.param.name); });
+
+class Threads : public testing::TestWithParam<const char*> {};
+
+TEST_P(Threads, Agree) {
+    TQ_REQUIRE_ENVIRONMENT("TQ_TEST_TINY");
+    const Model model = load_tiny(GetParam(), Host::plugin);
+    ASSERT_TRUE(model);
+    const Tokens tokens = random_tokens(120, vocabulary_of(model.get()), 13);
+    auto run = [&](int threads, int chunk) {
+        const Context context = make_context(model.get(), {.threads = threads}, {"4/4", 16, 4});
+        return decode(context.get(), tokens, {.chunk = chunk});
+    };
+    for (const int chunk : {0, 10}) {
+        EXPECT_LE(compare(run(2, chunk), run(1, chunk), vocabulary_of(model.get())).relative, 0.02) << "chunk " << chunk;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Threads, testing::Values("llama_group16", "gemma3", "deepseek2_mla", "gpt_oss"),
+                         [](const testing::TestParamInfo<const char*>& p) { return std::string(p.param); });
 
 // Sliding-window caches of the small kind: far more tokens than cells, so that rows are used again and again.
 class SlidingModel : public testing::TestWithParam<const char*> {};
@@ -132,15 +155,17 @@ TEST_P(SlidingModel, RowsAreReusedWhenTheWindowWraps) {
     const Model stock = load_tiny(GetParam(), Host::stock);
     ASSERT_TRUE(plugin && stock);
     const int vocabulary = vocabulary_of(stock.get());
-    const Tokens tokens = random_tokens(900, vocabulary, 11);
+    const Tokens tokens = random_tokens(600, vocabulary, 11);
     auto run = [&](llama_model* model, const Cache& cache, bool full, int chunk) {
-        const Context context = make_context(model, {.n_ctx = 1024, .n_ubatch = 32, .swa_full = full}, cache);
+        const Context context = make_context(
+            model, {.n_ctx = 1024, .n_ubatch = static_cast<uint32_t>(chunk), .swa_full = full}, cache);
         EXPECT_TRUE(context);
         return context ? decode(context.get(), tokens, {.chunk = chunk}) : Logits();
     };
     const Logits reference = run(stock.get(), {}, false, 32);
-    const double noise = std::max({compare(run(stock.get(), {}, false, 7), reference, vocabulary).relative,
-                                   compare(run(stock.get(), {}, true, 32), reference, vocabulary).relative, 1e-6});
+    // The host's kernels for small and for large batches round differently.
+    const double noise = std::max({compare(run(stock.get(), {}, false, 200), reference, vocabulary).relative,
+                                   compare(run(stock.get(), {}, true, 600), reference, vocabulary).relative, 1e-6});
     for (const bool full : {false, true}) {
         const Difference pass = compare(run(plugin.get(), {"16/16"}, full, 32), reference, vocabulary);
         const Difference eight = compare(run(plugin.get(), {"8/8", 8, 4}, full, 32), reference, vocabulary);

@@ -139,7 +139,8 @@ TEST_F(Sequences, CopiedStreamContinuesBitForBit) {
 
 // The stock shift of the same cells is the reference. Tokens 8..24 go, the rest moves down by 16.
 TEST_F(Sequences, ContextShiftAsTheHostDoesIt) {
-    const Tokens tail = random_tokens(40, vocabulary, 8);
+    // Long enough for the host's kernel for large batches, whose rounding is the noise allowed.
+    const Tokens tail = random_tokens(80, vocabulary, 8);
     for (const char* name : {"llama_64", "qwen2", "gemma3"}) {
         const Model shifted_plugin = load_tiny(name, Host::plugin);
         const Model shifted_stock = load_tiny(name, Host::stock);
