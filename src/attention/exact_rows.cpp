@@ -41,7 +41,6 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
         }
         const uint64_t age = s.slot_age[static_cast<size_t>(slot)];
         const bool always = query_ages_ == nullptr || s.slot_pinned[static_cast<size_t>(slot)] != 0;
-        // A row that some query of the batch is too old for stays a candidate: it hides older staged versions.
         rows_.push_back({row, age, always, s.raw(slot)});
     }
     if (staging != nullptr) {
@@ -56,9 +55,8 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
                              staging->raw.data() + static_cast<size_t>(e) * width});
         }
     }
-    // Of a row's versions only the latest is live; the slot's (which may have been rewritten) before the staged one.
-    // stable_sort would allocate; slots were pushed first, and a pinned or ring slot is told from a staged row by
-    // its address no more: so the order of equal ages is decided by where the values lie.
+    // Of a row's versions only the latest is live; of equal age the slot's, which may have been rewritten since.
+    // (A stable sort would allocate.)
     const auto* slots_begin = reinterpret_cast<const uint16_t*>(s.slot_raw.data());
     const auto* slots_end = slots_begin + static_cast<size_t>(s.n_slots) * static_cast<size_t>(s.shape.row_elements());
     const auto in_slot = [&](const ExactRow& r) { return r.raw >= slots_begin && r.raw < slots_end; };

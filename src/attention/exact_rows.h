@@ -35,8 +35,8 @@ public:
     uint64_t bits(size_t begin, size_t end, int64_t first_row, int64_t query) const;
 
 private:
-    // among the window_ latest rows written up to the query's own
-    bool in_window(uint64_t age, uint64_t query_age) const { return age <= query_age && query_age - age < window_; }
+    // Among the window_ latest rows written up to the query's own. Later rows wrap to huge differences.
+    bool in_window(uint64_t age, uint64_t query_age) const { return query_age - age < window_; }
 
     std::vector<ExactRow> rows_;
     const uint64_t* query_ages_ = nullptr; // of each query's own row; null without staging

@@ -8,6 +8,9 @@ constexpr int kBlockVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kBlockVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kWidth = 4;
+constexpr int kBlockVectors = 4; // 32 registers
 #else
 constexpr int kWidth = 4;
 constexpr int kBlockVectors = 2;

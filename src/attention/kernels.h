@@ -84,6 +84,7 @@ struct Kernels {
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& neon_kernels();
 
 // nullptr: not compiled into this library.
 const Kernels* find_kernels(Isa isa);

@@ -22,3 +22,13 @@ if(TURBOQUANT_COMPILER_AVX2 AND TURBOQUANT_COMPILER_AVX512)
     set_source_files_properties(attention/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
         "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512;-Wno-uninitialized;-Wno-maybe-uninitialized")
 endif()
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag("-march=armv8.2-a+dotprod" TURBOQUANT_COMPILER_NEON_DOT)
+    if(TURBOQUANT_COMPILER_NEON_DOT)
+        target_sources(turboquant PRIVATE attention/kernels_neon.cpp)
+        target_compile_definitions(turboquant PRIVATE TURBOQUANT_HAVE_NEON_DOT)
+        set_source_files_properties(attention/kernels_neon.cpp PROPERTIES COMPILE_OPTIONS
+            "-ffp-contract=fast;-march=armv8.2-a+dotprod")
+    endif()
+endif()
