@@ -44,7 +44,7 @@ public:
     Chat(const ChatFlags& flags, Engine& engine)
         : flags_(flags), engine_(engine), conversation_(*engine.session),
           editor_(history_path()), prompt_(editor_.interactive() ? "> " : "") {
-        conversation_.set_system(flags_.answer.system);
+        conversation_.set_system(flags_.answer.system.value_or(conversation_.chat_template().default_system()));
     }
 
     int loop();

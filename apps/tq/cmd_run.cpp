@@ -62,7 +62,7 @@ int run(const RunFlags& flags) {
     const std::unique_ptr<Engine> engine = start(flags.model, kv);
 
     llm::Conversation conversation(*engine->session);
-    conversation.set_system(flags.answer.system);
+    conversation.set_system(flags.answer.system.value_or(conversation.chat_template().default_system()));
     const auto kind = conversation.chat_template().kind();
     if (kind == llm::ChatTemplate::Kind::chatml) {
         print_note("the model's chat template is unknown to libllama: using ChatML, answers may suffer");

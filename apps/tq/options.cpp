@@ -69,7 +69,7 @@ void add_answer_flags(CLI::App& command, AnswerFlags& flags) {
     command.add_option("--top-k", flags.sampling.top_k, "choose among the K likeliest; 0: off")->type_name("K");
     command.add_option("--top-p", flags.sampling.top_p, "choose among the likeliest that sum to P")->type_name("P");
     command.add_option("--min-p", flags.sampling.min_p, "drop tokens below P times the likeliest")->type_name("P");
-    command.add_option("--system", flags.system, "system message")->type_name("TEXT");
+    command.add_option("--system", flags.system, "system message; '': none (default: the model's own)")->type_name("TEXT");
 }
 
 llm::KvChoice choose_kv(const ModelFlags& flags) {

@@ -24,7 +24,7 @@ struct ModelFlags {
 struct AnswerFlags {
     llm::SamplingFlags sampling;
     int64_t limit = 1024; // -1: none
-    std::string system;
+    std::optional<std::string> system; // absent: what the model's template says; empty: none
 };
 
 void add_model_flags(CLI::App& command, ModelFlags& flags);

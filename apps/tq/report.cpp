@@ -6,10 +6,13 @@ namespace turboquant::app {
 
 std::string kv_words(int64_t kv_bytes, int64_t f16_bytes) {
     const std::string kv = llm::format_bytes(kv_bytes);
-    if (kv_bytes <= 0 || f16_bytes <= 0 || kv_bytes == f16_bytes) {
+    if (kv_bytes <= 0 || f16_bytes <= 0) {
         return fmt::format("KV {}", kv);
     }
     const double ratio = static_cast<double>(f16_bytes) / static_cast<double>(kv_bytes);
+    if (ratio > 0.995 && ratio < 1.005) {
+        return fmt::format("KV {}", kv); // it is f16; the log rounds
+    }
     return ratio >= 1 ? fmt::format("KV {}, {:.2f}x below f16 ({})", kv, ratio, llm::format_bytes(f16_bytes))
                       : fmt::format("KV {}, {:.2f}x of f16 ({})", kv, 1 / ratio, llm::format_bytes(f16_bytes));
 }

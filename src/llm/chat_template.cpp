@@ -3,6 +3,34 @@
 #include "llm/error.h"
 
 namespace turboquant::llm {
+namespace {
+
+// A ChatML template that has a default writes it out: '<|im_start|>system\\nYou are ...<|im_end|>'. Anything with code in
+// it is not a plain text.
+std::string find_default_system(const std::string& source) {
+    static const std::string start = "<|im_start|>system";
+    for (size_t at = source.find(start); at != std::string::npos; at = source.find(start, at + 1)) {
+        size_t begin = at + start.size();
+        if (source.compare(begin, 2, "\\n") == 0) {
+            begin += 2;
+        } else if (source.compare(begin, 1, "\n") == 0) {
+            begin += 1;
+        } else {
+            continue;
+        }
+        const size_t end = source.find("<|im_end|>", begin);
+        if (end == std::string::npos) {
+            break;
+        }
+        const std::string text = source.substr(begin, end - begin);
+        if (!text.empty() && text.find_first_of("{}'\"\\+%") == std::string::npos) {
+            return text;
+        }
+    }
+    return {};
+}
+
+} // namespace
 
 ChatTemplate::ChatTemplate(const Model& model) {
     const char* source = llama_model_chat_template(model.get(), nullptr);
@@ -11,6 +39,7 @@ ChatTemplate::ChatTemplate(const Model& model) {
     }
     const llama_chat_message probe = {"user", "x"};
     kind_ = llama_chat_apply_template(source, &probe, 1, true, nullptr, 0) >= 0 ? Kind::own : Kind::chatml;
+    default_system_ = find_default_system(source);
     source_ = kind_ == Kind::own ? source : "chatml";
 }
 

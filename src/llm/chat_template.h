@@ -26,9 +26,14 @@ public:
     // assistant's is a prefix of what later messages give (most templates; callers must not rely on it).
     std::string render(const std::vector<Message>& messages, bool open_answer) const;
 
+    // The system message that the model's own template puts where none is given (Qwen2.5, SmolLM2, ...), which libllama's
+    // built-in version of the template leaves out. Empty if there is none.
+    const std::string& default_system() const { return default_system_; }
+
 private:
     Kind kind_ = Kind::none;
     std::string source_;
+    std::string default_system_;
 };
 
 } // namespace turboquant::llm

@@ -15,6 +15,18 @@
 
 namespace turboquant::llm {
 
+std::string describe_model(const llama_model* model) {
+    char architecture[64] = {};
+    if (llama_model_meta_val_str(model, "general.architecture", architecture, sizeof architecture) < 0) {
+        architecture[0] = '\0';
+    }
+    const auto parameters = static_cast<double>(llama_model_n_params(model));
+    const char* unit = parameters >= 1e9 ? "B" : parameters >= 1e6 ? "M" : "K";
+    const double value = parameters / (parameters >= 1e9 ? 1e9 : parameters >= 1e6 ? 1e6 : 1e3);
+    return fmt::format("{} {:.{}f}{} {}", architecture, value, value < 10 ? 1 : 0, unit,
+                       llama_ftype_name(llama_model_ftype(model)));
+}
+
 std::string resolve_model_path(const std::string& given) {
     if (!given.empty()) {
         return given;
@@ -82,9 +94,7 @@ Model Model::load(const std::string& path, bool turboquant, const Progress& prog
 }
 
 std::string Model::identity() const {
-    char description[128] = {};
-    llama_model_desc(get(), description, sizeof description);
-    return fmt::format("{}, {} parameters, {} bytes, {} tokens", description, llama_model_n_params(get()),
+    return fmt::format("{}, {} parameters, {} bytes, {} tokens", describe_model(get()), llama_model_n_params(get()),
                        llama_model_size(get()), llama_vocab_n_tokens(vocab()));
 }
 

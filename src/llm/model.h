@@ -22,6 +22,9 @@ struct ModelDeleter {
 };
 using ModelHandle = std::unique_ptr<llama_model, ModelDeleter>;
 
+// "llama 135M Q4_1": architecture, parameters, type of the weights.
+std::string describe_model(const llama_model* model);
+
 // --model, else TURBOQUANT_MODEL, else the model that set-up installed. UsageError if there is none.
 std::string resolve_model_path(const std::string& given);
 
@@ -38,7 +41,7 @@ public:
     const std::string& path() const { return path_; }
     bool turboquant() const { return turboquant_; }
     int trained_context() const { return llama_model_n_ctx_train(handle_.get()); }
-    // Architecture, size and parameter count in words; equal for equal models.
+    // Architecture, type, parameters, bytes and vocabulary in words; equal for equal models.
     std::string identity() const;
     // A scalar of the GGUF's metadata, as text; empty if absent.
     std::string metadata(const char* key) const;

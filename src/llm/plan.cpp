@@ -141,8 +141,7 @@ ModelPlan::ModelPlan(const std::string& file) : path(file) {
     }
     llama_model* model = handle_.get();
     char text[256] = {};
-    llama_model_desc(model, text, sizeof text);
-    description = text;
+    description = describe_model(model);
     if (llama_model_meta_val_str(model, "general.architecture", text, sizeof text) >= 0) {
         architecture = text;
     }
