@@ -116,7 +116,7 @@ TEST(AttentionFeatures, ManySmallProbabilitiesAddUp) {
     std::vector<float> values(keys.size());
     std::vector<int64_t> index;
     for (int64_t r = 0; r < kRows; ++r) {
-        keys[static_cast<size_t>(r * kSize)] = r == 0 ? 13.0f : 0.0f; // e^13 = 442413: the others hold 8 %
+        keys[static_cast<size_t>(r * kSize)] = r == 0 ? 18.0f : 0.0f; // a tile of others holds 1e-6, all of them 6e-4
         values[static_cast<size_t>(r * kSize + (r == 0 ? 1 : 2))] = 1;
         index.push_back(r);
     }
@@ -135,15 +135,17 @@ TEST(AttentionFeatures, ManySmallProbabilitiesAddUp) {
         call.out = out.data();
         AttentionWorkspace workspace;
         ASSERT_TRUE(attend(*k, *v, call, workspace, {}, isa).ok());
-        const double one = std::exp(13.0);
-        EXPECT_NEAR(out[1], one / (one + kRows - 1), 0.01) << isa_name(isa);
-        EXPECT_NEAR(out[2], (kRows - 1) / (one + kRows - 1), 0.002) << isa_name(isa);
+        const double others = (kRows - 1) * std::exp(-18.0);
+        EXPECT_NEAR(out[1], 1 / (1 + others), 1e-4) << isa_name(isa);
+        EXPECT_NEAR(out[2], others / (1 + others), 3e-5) << isa_name(isa);
     }
 }
 
 TEST(AttentionFeatures, ThreadsChangeRoundingOnly) {
     for (const Case& base : {Case{.kv_heads = 1, .group = 3, .rows = 2000, .mu = true, .value_window = 16},
                              Case{.kv_heads = 2, .group = 4, .rows = 777, .queries = 70, .sinks = true},
+                             Case{.kv_heads = 1, .group = 4, .rows = 1500, .queries = 70, .value_window = 30, .pins = 2,
+                                  .staging = true}, // several chunks of queries, each in several parts
                              Case{.kv_heads = 3, .group = 1, .rows = 1500, .mask = Mask::holes}}) {
         for (const int workers : {2, 3, 8}) {
             Case c = base;
@@ -210,6 +212,70 @@ TEST(AttentionFeatures, StagingOfAnotherStoreOrOfAnOlderWriteCountsAsNone) {
     call.k_staging = nullptr;
     ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
     EXPECT_EQ(mine, without);
+}
+
+// A prompt's queries in two calls: the second says with staging_offset where it begins.
+TEST(AttentionFeatures, PartOfABatch) {
+    Fixture setup({.rows = 120, .queries = 30, .key_window = 8, .value_window = 12, .staging = true});
+    const auto want = setup.oracle();
+    for (Isa isa : available_isas()) {
+        AttentionWorkspace workspace;
+        std::vector<float> out;
+        AttentionCall call = setup.call(out);
+        call.n_queries = 11;
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+        call.staging_offset = 11;
+        call.q += 11 * call.q_query_stride;
+        call.out += 11 * call.out_query_stride;
+        call.mask += 11 * call.mask_query_stride;
+        call.n_queries = 30 - 11;
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+        EXPECT_LT(setup.worst_error(out, want), kIntTolerance) << isa_name(isa);
+    }
+}
+
+// Staging may hold a row's older version, and what a rewritten row was before: neither may be used.
+TEST(AttentionFeatures, OnlyTheLatestVersionOfARowCounts) {
+    Fixture setup({.rows = 100, .queries = 20, .key_window = 40, .staging = true});
+    AttentionWorkspace workspace;
+    for (Isa isa : available_isas()) {
+        std::vector<float> plain;
+        AttentionCall call = setup.call(plain);
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+
+        Staging stale = *call.k_staging;
+        const size_t n = static_cast<size_t>(setup.k().shape().row_elements());
+        const int64_t row = stale.row[static_cast<size_t>(stale.batch_begin)];
+        stale.row.insert(stale.row.begin(), row);
+        stale.age.insert(stale.age.begin(), stale.age[static_cast<size_t>(stale.batch_begin)] - 1);
+        stale.raw.insert(stale.raw.begin(), n, to_half(3.0f));
+        ++stale.batch_begin;
+        std::vector<float> again;
+        call = setup.call(again);
+        call.k_staging = &stale;
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+        EXPECT_EQ(plain, again) << isa_name(isa);
+    }
+    std::vector<float> x(static_cast<size_t>(setup.k().shape().row_elements()), 0.25f);
+    const int64_t rewritten = 99; // the batch's last row: in the ring, and staged with its old values
+    ASSERT_TRUE(setup.k().rewrite(rewritten, x.data()).ok());
+    for (Isa isa : available_isas()) {
+        std::vector<float> staged;
+        std::vector<float> stored;
+        AttentionCall call = setup.call(staged);
+        const int64_t last = call.n_queries - 1; // sees the same exact rows with staging and without
+        call.staging_offset = last;
+        call.n_queries = 1;
+        call.q += last * call.q_query_stride;
+        call.mask += last * call.mask_query_stride;
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+        setup.call(stored);
+        call.out = stored.data();
+        call.k_staging = nullptr;
+        call.v_staging = nullptr;
+        ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+        EXPECT_EQ(staged, stored) << isa_name(isa);
+    }
 }
 
 TEST(AttentionErrors, NameTheShapes) {

@@ -210,7 +210,7 @@ inline void gemm_block(const float* a, int lda, const float* b, int ldb, float* 
     Vf sum[Rows][Vectors];
     for (int i = 0; i < Rows; ++i) {
         for (int v = 0; v < Vectors; ++v) {
-            sum[i][v] = accumulate ? load(c + i * ldc + v * kWidth) : Vf{};
+            sum[i][v] = Vf{};
         }
     }
     for (int x = 0; x < k; ++x) {
@@ -227,7 +227,9 @@ inline void gemm_block(const float* a, int lda, const float* b, int ldb, float* 
     }
     for (int i = 0; i < Rows; ++i) {
         for (int v = 0; v < Vectors; ++v) {
-            store(c + i * ldc + v * kWidth, sum[i][v]);
+            // What was there is added last: a tile's many small terms would each vanish beside it.
+            float* to = c + i * ldc + v * kWidth;
+            store(to, accumulate ? load(to) + sum[i][v] : sum[i][v]);
         }
     }
 }
