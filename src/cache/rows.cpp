@@ -59,12 +59,15 @@ void put_tag(uint16_t* values, int first, int n, uint64_t tag) {
 }
 
 void round_head(const Store::Impl& impl, const float* x, uint16_t* h, HeadNotes& notes) {
-    alignas(64) float v[kMaxHeadSize];
     const int n = impl.shape.head_size;
     const int padded = round_up(n, kVectorPadding);
-    std::memcpy(v, x, static_cast<size_t>(n) * sizeof(float));
-    std::fill(v + n, v + padded, 0.0F);
-    const uint32_t top = impl.kernels->round_to_half(v, padded, h);
+    alignas(64) float v[kMaxHeadSize];
+    if (n < padded) { // the kernel reads whole vectors
+        std::memcpy(v, x, static_cast<size_t>(n) * sizeof(float));
+        std::fill(v + n, v + padded, 0.0F);
+        x = v;
+    }
+    const uint32_t top = impl.kernels->round_to_half(x, padded, h);
     if (top >= kInfinityBits) {
         std::fill(h, h + padded, uint16_t{0});
         ++notes.nonfinite;
