@@ -77,6 +77,11 @@ Status KvTensor::set_head_size(int head_size) {
         if (!status.ok()) {
             return {status.code(), name_ + ": " + status.message()};
         }
+        if (store->native_row_bytes() > row_bytes_) {
+            return {StatusCode::unsupported, name_ + ": rows of " + std::to_string(elements_) +
+                                                 " elements are too short to be saved compressed: run this model without the "
+                                                 "TurboQuant device (--device none)"};
+        }
     }
     stores_ = std::move(stores);
     head_size_ = head_size;
