@@ -177,6 +177,7 @@ CachePlan ModelPlan::dry_run(int64_t context) const {
     params.n_batch = 512;
     params.n_ubatch = 512;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.swa_full = false; // as Session does
     const LogCapture log;
     const std::unique_ptr<llama_context, decltype(&llama_free)> ctx(llama_init_from_model(handle_.get(), params),
                                                                     &llama_free);

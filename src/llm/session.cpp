@@ -68,6 +68,7 @@ Session::Session(const Model& model, const SessionOptions& options) : model_(mod
     params.type_k = kv.turboquant() ? GGML_TYPE_F16 : find_type(kv.host_type);
     params.type_v = params.type_k;
     params.offload_kqv = true;
+    params.swa_full = false; // sliding layers hold their window only; going back further reads again (keep_common)
     params.no_perf = true;
     params.abort_callback = [](void* self) { return static_cast<Session*>(self)->interrupted(); };
     params.abort_callback_data = this;
