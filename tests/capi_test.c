@@ -31,7 +31,7 @@ static float noise(void) {
     return sum - 6.0f;
 }
 
-static tq_store *make_store(tq_side side, int bits, int window, tq_batch *batch) {
+static tq_store *make_store(int32_t side, int bits, int window, tq_batch *batch) {
     static float x[ROWS * ELEMENTS];
     tq_store_options options;
     tq_store *store = NULL;
@@ -198,7 +198,7 @@ static void test_errors(void) {
     CHECK(tq_store_create(&options, &store) == TQ_INVALID_ARGUMENT);
     CHECK(strstr(tq_last_error(), "7") != NULL);
     options.bits = 4;
-    options.side = (tq_side)9;
+    options.side = 9;
     CHECK(tq_store_create(&options, &store) == TQ_INVALID_ARGUMENT);
     options.side = TQ_KEY;
     CHECK(tq_store_create(&options, NULL) == TQ_INVALID_ARGUMENT);

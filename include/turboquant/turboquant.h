@@ -29,7 +29,7 @@ typedef enum tq_status {
     TQ_INTERNAL = 4
 } tq_status;
 
-typedef enum tq_side { TQ_KEY = 0, TQ_VALUE = 1 } tq_side;
+enum { TQ_KEY = 0, TQ_VALUE = 1 }; /* what a store holds */
 
 typedef struct tq_store tq_store;
 typedef struct tq_workspace tq_workspace; /* memory that attention works in, reused between calls */
@@ -45,7 +45,7 @@ const char *tq_last_error(void);
 
 typedef struct tq_store_options {
     size_t struct_size;
-    tq_side side;
+    int32_t side;        /* TQ_KEY or TQ_VALUE */
     int32_t head_size;   /* 4..1024, a multiple of 4 */
     int32_t kv_heads;
     int64_t rows;        /* capacity */
