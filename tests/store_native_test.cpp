@@ -205,6 +205,21 @@ TEST(Native, PinnedRowsDisplaceTheLongestPinned) {
     restore(*ring, 10, native_row(*source, 0));
     EXPECT_TRUE(ring->is_exact(10));
     EXPECT_FALSE(ring->is_pinned(10));
+    // And is saved as what it has become.
+    const auto again = make_store(shape, {4, 6, 2});
+    restore(*again, 10, native_row(*ring, 10));
+    EXPECT_FALSE(again->is_pinned(10));
+}
+
+TEST(Native, TagBitsAreTheRowsFirst64) {
+    const auto store = make_store({Side::key, 48, 3, 10}, {4, 1, 0});
+    for (int head = 0; head < 3; ++head) {
+        std::vector<uint16_t> h(48, 0x3c01);
+        clear_tag_bits(store->impl(), head, h.data());
+        for (int c = 0; c < 48; ++c) {
+            EXPECT_EQ(h[static_cast<size_t>(c)], 48 * head + c < 64 ? 0x3c00 : 0x3c01) << head << ' ' << c;
+        }
+    }
 }
 
 TEST(Native, AgesBeyond32Bits) {

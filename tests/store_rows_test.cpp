@@ -1,4 +1,5 @@
 // The store row by row: round trips, the ring, pins, staging, edge cases.
+#include "cache/rows.h"
 #include "cache/store_impl.h"
 #include "store_testing.h"
 
@@ -416,6 +417,13 @@ TEST(Ring, RewriteKeepsPlaceAgeAndPin) {
     for (const int64_t row : {0, 1, 2, 3}) {
         ASSERT_TRUE(store->rewrite(row, seeded(*store, static_cast<uint32_t>(100 + row)).data()).ok());
         expect_exact(*store, row, seeded(*store, static_cast<uint32_t>(100 + row)));
+        uint32_t age = 0;
+        bool pinned = false;
+        bool damaged = true;
+        ASSERT_TRUE(read_tag(store->impl().raw(store->impl().find_slot(row)), age, pinned, damaged));
+        EXPECT_EQ(age, row + 1);
+        EXPECT_EQ(pinned, row == 0);
+        EXPECT_FALSE(damaged);
     }
     EXPECT_TRUE(store->is_pinned(0));
     EXPECT_EQ(store->impl().clock, 4U);
@@ -502,6 +510,7 @@ TEST(Pin, ComesFromStagingWhereTheRingHasLostIt) {
         expect_exact(*store, 12, {x.begin() + 2 * 128, x.begin() + 3 * 128});
         ASSERT_TRUE(store->pin(59, &staging).ok()); // the ring's, where there is one
         const auto other = make_store({Side::key, 64, 2, 300}, {4, window, 4});
+        ASSERT_TRUE(write_rows(*other, x, index).ok());
         EXPECT_FALSE(other->pin(13, &staging).ok()) << "somebody else's staging";
     }
     const auto none = make_store({Side::key, 64, 2, 300}, {4, 4, 0});
