@@ -214,6 +214,31 @@ TEST(AttentionFeatures, StagingOfAnotherStoreOrOfAnOlderWriteCountsAsNone) {
     EXPECT_EQ(mine, without);
 }
 
+// A query that is not finite gets NaN, never zeros or a number, and spoils no other.
+TEST(AttentionFeatures, QueriesThatAreNotFinite) {
+    for (const int bits : {4, 16}) {
+        for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+            Fixture setup({.key_bits = bits, .value_bits = bits, .rows = 100, .queries = 2});
+            const auto want = setup.oracle();
+            for (Isa isa : available_isas()) {
+                std::vector<float> out;
+                AttentionCall call = setup.call(out);
+                std::vector<float> q(call.q, call.q + 2 * call.q_query_stride);
+                q[static_cast<size_t>(call.q_head_stride + 5)] = bad; // query 0, head 1
+                call.q = q.data();
+                AttentionWorkspace workspace;
+                ASSERT_TRUE(attend(setup.k(), setup.v(), call, workspace, {}, isa).ok());
+                for (int c = 0; c < setup.out_size(); ++c) {
+                    float& x = out[static_cast<size_t>(call.out_head_stride + c)];
+                    EXPECT_TRUE(std::isnan(x)) << isa_name(isa) << ' ' << bits << ' ' << bad;
+                    x = static_cast<float>(want[1].out[static_cast<size_t>(c)]);
+                }
+                EXPECT_LT(setup.worst_error(out, want), kIntTolerance) << isa_name(isa);
+            }
+        }
+    }
+}
+
 // A prompt's queries in two calls: the second says with staging_offset where it begins.
 TEST(AttentionFeatures, PartOfABatch) {
     Fixture setup({.rows = 120, .queries = 30, .key_window = 8, .value_window = 12, .staging = true});

@@ -334,6 +334,11 @@ bool softmax(float* s, float add, float softcap, const float* bias, float bias_s
     if (tile_max == -__builtin_inff()) {
         return false;
     }
+    if (tile_max != tile_max) { // a query that is not finite: its output shall say so
+        state.max = 0;
+        state.sum = tile_max;
+        return false;
+    }
     if (tile_max < state.max - 14.0f) { // 64 rows * 2^-14 is far above kNegligible: no need to look closer before
         const float bound = kTileRows * __builtin_exp2f(tile_max - state.max);
         if (state.skipped + bound <= kNegligible * state.sum) {
