@@ -24,7 +24,8 @@ Coded encode(const std::vector<float>& y, int bits, ScaleRule rule) {
     EXPECT_TRUE(default_isa(isa).ok());
     Coded c;
     c.codes.resize(y.size(), 0xee);
-    c.note = encode_block(y.data(), static_cast<int>(y.size()), *find_codebook(bits), rule, c.codes.data(), &c.scale, isa);
+    c.note =
+        encode_block(y.data(), static_cast<int>(y.size()), *find_codebook(bits), rule, c.codes.data(), &c.scale, isa);
     return c;
 }
 
@@ -122,13 +123,15 @@ TEST(Encode, ErrorIsTheTheorys) {
         double published[3]; // d = 64, 128, 256, Lloyd-Max centroids
         double digit;        // of the last published place
     };
-    const Row table[] = {{2, {.1145, .1160, .1167}, 1e-4}, {3, {.0334, .0340, .0343}, 1e-4}, {4, {.0091, .0093, .0094}, 1e-4}};
+    const Row table[] = {
+        {2, {.1145, .1160, .1167}, 1e-4}, {3, {.0334, .0340, .0343}, 1e-4}, {4, {.0091, .0093, .0094}, 1e-4}};
     const int sizes[] = {64, 128, 256};
     for (const Row& row : table) {
         const Codebook& book = *find_codebook(row.bits);
         for (int s = 0; s < 3; ++s) {
             const int n = sizes[s];
-            EXPECT_NEAR(sphere_mse(lloyd_max_centroids(row.bits), n), row.published[s], row.digit) << row.bits << ' ' << n;
+            EXPECT_NEAR(sphere_mse(lloyd_max_centroids(row.bits), n), row.published[s], row.digit)
+                << row.bits << ' ' << n;
             const double expected = sphere_mse(centroids(book), n);
             const int vectors = 1500000 / n;
             const std::vector<float> x = normals(static_cast<size_t>(vectors) * static_cast<size_t>(n), 7);
@@ -223,7 +226,8 @@ TEST(Encode, KeyEstimatorHasNoBias) {
             rotation.forward(q.data(), q.data());
             const std::vector<float> back = decode(encode(y, bits, ScaleRule::unbiased), bits);
             const double norm2 = testing::dot(x.data(), x.data(), 128);
-            const double error = (testing::dot(q.data(), back.data(), 128) - testing::dot(q.data(), y.data(), 128)) / norm2;
+            const double error =
+                (testing::dot(q.data(), back.data(), 128) - testing::dot(q.data(), y.data(), 128)) / norm2;
             sum += error;
             sum2 += error * error;
             const std::vector<float> shrunk = decode(encode(y, bits, ScaleRule::mmse), bits);
@@ -241,7 +245,9 @@ TEST(Encode, ShortBlocksKeepTheirNorm) {
         for (const size_t n : {4, 8, 12, 20, 24, 40}) {
             const std::vector<float> y = normals(n, 3);
             const std::vector<float> back = decode(encode(y, bits, ScaleRule::matched), bits);
-            EXPECT_NEAR(testing::dot(back.data(), back.data(), n) / testing::dot(y.data(), y.data(), n), 1, 0x1p-10 * 1.01) << n;
+            EXPECT_NEAR(testing::dot(back.data(), back.data(), n) / testing::dot(y.data(), y.data(), n), 1,
+                        0x1p-10 * 1.01)
+                << n;
         }
     }
 }
@@ -326,7 +332,8 @@ TEST(Encode, HugeSaturatesAndIsSaid) {
 TEST(Encode, NonfiniteIsStoredAsZero) {
     const float inf = std::numeric_limits<float>::infinity();
     for (const int bits : testing::kCodecBits) {
-        for (const float bad : {inf, -inf, std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::signaling_NaN()}) {
+        for (const float bad :
+             {inf, -inf, std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::signaling_NaN()}) {
             for (const size_t at : {size_t{0}, size_t{63}, size_t{79}}) {
                 std::vector<float> y = normals(80, 1);
                 y[at] = bad;
@@ -355,7 +362,8 @@ TEST(Encode, VectorsLongerThanAnyHead) {
     const std::vector<float> y = normals(5000, 9);
     const Coded c = encode(y, 4, ScaleRule::mmse);
     const std::vector<float> back = decode(c, 4);
-    EXPECT_NEAR(testing::squared_distance(y.data(), back.data(), y.size()) / testing::dot(y.data(), y.data(), y.size()), .00953, 5e-4);
+    EXPECT_NEAR(testing::squared_distance(y.data(), back.data(), y.size()) / testing::dot(y.data(), y.data(), y.size()),
+                .00953, 5e-4);
 }
 
 // ---- fp16 --------------------------------------------------------------------------------------------------------
@@ -408,7 +416,8 @@ TEST(Layout, FieldsCoverEveryPlaneOnce) {
                     EXPECT_EQ(plane.offset, end);
                     EXPECT_EQ(plane.shift, code_bits);
                     EXPECT_GE(plane.padded_channels, head_size);
-                    const size_t bytes = static_cast<size_t>(plane.padded_channels) * kTileRows * static_cast<size_t>(plane.width) / 8;
+                    const size_t bytes =
+                        static_cast<size_t>(plane.padded_channels) * kTileRows * static_cast<size_t>(plane.width) / 8;
                     std::vector<uint8_t> seen(bytes, 0);
                     for (int row = 0; row < kTileRows; ++row) {
                         for (int c = 0; c < plane.padded_channels; ++c) {

@@ -79,26 +79,19 @@ std::vector<float> input(size_t n, uint32_t seed) {
             v *= 1e30F;
         }
         break;
-    case 4:
-        std::fill(x.begin(), x.end(), 0.37F);
-        break;
+    case 4: std::fill(x.begin(), x.end(), 0.37F); break;
     case 5:
         std::fill(x.begin(), x.end(), -0.0F);
         at(seed) = 5;
         at(seed * 3) = -1e-40F;
         break;
-    case 6:
-        at(seed) = HUGE_VALF;
-        break;
-    case 7:
-        at(seed) = NAN;
-        break;
+    case 6: at(seed) = HUGE_VALF; break;
+    case 7: at(seed) = NAN; break;
     case 8:
         at(seed) = 65519;
         at(seed * 7) = -7e4F;
         break;
-    default:
-        break;
+    default: break;
     }
     return x;
 }
@@ -131,11 +124,13 @@ TEST(IsaKernels, SameBytesEverywhere) {
                 std::vector<float> y[2] = {std::vector<float>(padded, 9.0F), std::vector<float>(padded, 9.0F)};
                 reference.condition(h[0].data(), mu.data(), factor.data(), n, y[0].data());
                 kernels.condition(h[0].data(), mu.data(), factor.data(), n, y[1].data());
-                ASSERT_EQ(std::memcmp(y[0].data(), y[1].data(), padded * sizeof(float)), 0) << isa_name(isa) << ' ' << n;
+                ASSERT_EQ(std::memcmp(y[0].data(), y[1].data(), padded * sizeof(float)), 0)
+                    << isa_name(isa) << ' ' << n;
                 for (const bool transposed : {true, false}) {
                     reference.hadamard(y[0].data(), n, transposed);
                     kernels.hadamard(y[1].data(), n, transposed);
-                    ASSERT_EQ(std::memcmp(y[0].data(), y[1].data(), padded * sizeof(float)), 0) << isa_name(isa) << ' ' << n;
+                    ASSERT_EQ(std::memcmp(y[0].data(), y[1].data(), padded * sizeof(float)), 0)
+                        << isa_name(isa) << ' ' << n;
                 }
                 // Both what a store would encode and the raw input.
                 for (const float* const v : {y[0].data(), x.data()}) {
@@ -145,7 +140,8 @@ TEST(IsaKernels, SameBytesEverywhere) {
                             std::vector<uint8_t> codes[2] = {std::vector<uint8_t>(static_cast<size_t>(n), 1),
                                                              std::vector<uint8_t>(static_cast<size_t>(n), 2)};
                             const Codebook& book = *find_codebook(bits);
-                            const EncodeNote note = encode_block(v, n, book, rule, codes[0].data(), &scale[0], Isa::portable);
+                            const EncodeNote note =
+                                encode_block(v, n, book, rule, codes[0].data(), &scale[0], Isa::portable);
                             ASSERT_EQ(encode_block(v, n, book, rule, codes[1].data(), &scale[1], isa), note);
                             ASSERT_EQ(scale[0], scale[1]) << isa_name(isa) << ' ' << n << ' ' << bits << ' ' << seed;
                             ASSERT_EQ(codes[0], codes[1]) << isa_name(isa) << ' ' << n << ' ' << bits << ' ' << seed;
@@ -181,12 +177,14 @@ TEST(IsaKernels, PlanesAreTheLayouts) {
                                                       side == Side::key ? plane.padded_channels / (4 * fields)
                                                                         : kTileRows / (4 * fields)};
                             uint8_t* const at = tile.data() + plane.offset;
-                            side == Side::key ? kernels.put_key_row(at, shape, row, codes.data())
-                                              : kernels.put_value_row(at, shape, plane.padded_channels, row, codes.data());
+                            side == Side::key
+                                ? kernels.put_key_row(at, shape, row, codes.data())
+                                : kernels.put_value_row(at, shape, plane.padded_channels, row, codes.data());
                             for (int c = 0; c < head_size; ++c) {
                                 const FieldPosition f = field_position(side, plane, row, c);
                                 const unsigned mask = (1U << plane.width) - 1U;
-                                const unsigned field = static_cast<unsigned>(codes[static_cast<size_t>(c)]) >> plane.shift & mask;
+                                const unsigned field =
+                                    static_cast<unsigned>(codes[static_cast<size_t>(c)]) >> plane.shift & mask;
                                 uint8_t& byte = expected[plane.offset + f.byte];
                                 byte = static_cast<uint8_t>((byte & ~(mask << f.bit)) | field << f.bit);
                             }

@@ -102,7 +102,7 @@ TEST(ReferenceMse, RotationIsOrthonormalAndSeeded) {
 }
 
 struct ProductError {
-    double bias = 0; // in standard errors
+    double bias = 0;   // in standard errors
     double d_prod = 0; // times dimension
 };
 

@@ -113,8 +113,10 @@ TEST(Rotation, FastTransformIsTheMatrix) {
                 const float outer = order == 12   ? kHadamard12.at[i / length][j / length]
                                     : order == 20 ? kHadamard20.at[i / length][j / length]
                                                   : 1.0F;
-                const float inner = __builtin_parity(static_cast<unsigned>(i % length & j % length)) != 0 ? -1.0F : 1.0F;
-                const float expected = outer * inner * r.signs()[static_cast<size_t>(j)] / std::sqrt(static_cast<float>(n));
+                const float inner =
+                    __builtin_parity(static_cast<unsigned>(i % length & j % length)) != 0 ? -1.0F : 1.0F;
+                const float expected =
+                    outer * inner * r.signs()[static_cast<size_t>(j)] / std::sqrt(static_cast<float>(n));
                 ASSERT_NEAR(y[static_cast<size_t>(i)], expected, 1e-6F) << n << ": " << i << ' ' << j;
             }
         }
@@ -135,7 +137,8 @@ TEST(Rotation, IsOrthonormalForAllSizes) {
         r.forward(b.data(), rb.data());
         const double norm2 = testing::dot(a.data(), a.data(), size);
         EXPECT_NEAR(testing::dot(ra.data(), ra.data(), size) / norm2, 1, 1e-5) << n;
-        EXPECT_NEAR(testing::dot(ra.data(), rb.data(), size), testing::dot(a.data(), b.data(), size), 1e-5 * norm2) << n;
+        EXPECT_NEAR(testing::dot(ra.data(), rb.data(), size), testing::dot(a.data(), b.data(), size), 1e-5 * norm2)
+            << n;
         r.inverse(ra.data(), back.data());
         EXPECT_LT(testing::squared_distance(a.data(), back.data(), size), 1e-10 * norm2) << n;
         r.inverse(ra.data(), ra.data()); // in place

@@ -30,12 +30,13 @@ struct Model {
     int sinks;
     int elements;
     uint64_t clock = 0;
-    std::vector<Exact> ring;   // oldest first
-    std::vector<Exact> pinned; // longest pinned first
+    std::vector<Exact> ring;      // oldest first
+    std::vector<Exact> pinned;    // longest pinned first
     std::unique_ptr<Store> codes; // a store without exact rows
 
     static void forget(std::vector<Exact>& list, int64_t row) {
-        list.erase(std::remove_if(list.begin(), list.end(), [row](const Exact& e) { return e.row == row; }), list.end());
+        list.erase(std::remove_if(list.begin(), list.end(), [row](const Exact& e) { return e.row == row; }),
+                   list.end());
     }
     const Exact* find(const std::vector<Exact>& list, int64_t row) const {
         const auto at = std::find_if(list.begin(), list.end(), [row](const Exact& e) { return e.row == row; });
@@ -121,7 +122,8 @@ void compare(const Store& store, const Model& model) {
 
 TEST(StoreModel, AnyHistory) {
     EXPECT_TRUE(rc::check([] {
-        const StoreShape shape = {*rc::gen::element(Side::key, Side::value), *rc::gen::element(32, 64, 80), *rc::gen::inRange(1, 4), kRows};
+        const StoreShape shape = {*rc::gen::element(Side::key, Side::value), *rc::gen::element(32, 64, 80),
+                                  *rc::gen::inRange(1, 4), kRows};
         RC_PRE(shape.row_elements() >= 64);
         const int bits = *rc::gen::element(2, 3, 4, 5, 6, 8);
         Model model;
@@ -151,7 +153,8 @@ TEST(StoreModel, AnyHistory) {
                 all.resize(static_cast<size_t>(*rc::gen::inRange(1, 40)));
                 const std::vector<float> rows = normals(all.size() * static_cast<size_t>(model.elements), seed);
                 RC_ASSERT(testing::write_rows(*store, rows, all, seed % 2 == 0 ? &staging : nullptr,
-                                              seed % 3 == 0 ? pool.parallel() : ParallelFor()).ok());
+                                              seed % 3 == 0 ? pool.parallel() : ParallelFor())
+                              .ok());
                 for (size_t i = 0; i < all.size(); ++i) {
                     const auto at = rows.begin() + static_cast<ptrdiff_t>(i * static_cast<size_t>(model.elements));
                     model.write(all[i], {at, at + model.elements});

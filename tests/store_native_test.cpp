@@ -63,7 +63,8 @@ TEST(Native, SavesAndRestoresAnyStoreBitForBit) {
         const StoreOptions options = {bits, *rc::gen::inRange(0, 10), *rc::gen::inRange(0, 4)};
         const StoreShape shape = {side, head_size, heads, 130};
         const auto seed = *rc::gen::arbitrary<uint32_t>();
-        const Conditioning c = seed % 2 == 0 ? Conditioning() : some_conditioning(static_cast<size_t>(shape.row_elements()), seed);
+        const Conditioning c =
+            seed % 2 == 0 ? Conditioning() : some_conditioning(static_cast<size_t>(shape.row_elements()), seed);
         const auto source = make_store(shape, options, c);
         const auto copy = make_store(shape, options, c);
         for (const int64_t row : *rc::gen::container<std::vector<int64_t>>(20, rc::gen::inRange<int64_t>(0, 130))) {
@@ -104,7 +105,8 @@ TEST(Native, NeverLongerThanHalves) {
                 for (const int bits : testing::kCodecBits) {
                     const StoreShape shape = {side, head_size, heads, 1};
                     if (shape.row_elements() >= 64) {
-                        ASSERT_EQ(make_store(shape, {bits, 0, 0})->native_row_bytes(), static_cast<size_t>(2 * shape.row_elements()))
+                        ASSERT_EQ(make_store(shape, {bits, 0, 0})->native_row_bytes(),
+                                  static_cast<size_t>(2 * shape.row_elements()))
                             << head_size << ' ' << heads << ' ' << bits;
                     }
                 }
@@ -234,7 +236,8 @@ TEST(Native, AgesBeyond32Bits) {
         const std::vector<uint8_t> bytes = native_row(*store, r);
         restore(*store, r, bytes);
         EXPECT_EQ(native_row(*store, r), bytes);
-        EXPECT_EQ(store->impl().slot_age[static_cast<size_t>(store->impl().find_slot(r))], start + 1 + static_cast<uint64_t>(r));
+        EXPECT_EQ(store->impl().slot_age[static_cast<size_t>(store->impl().find_slot(r))],
+                  start + 1 + static_cast<uint64_t>(r));
     }
     EXPECT_EQ(store->impl().clock, start + 3);
 }
@@ -322,10 +325,7 @@ TEST(Native, PlainRowsAreNotNative) {
     for (int kind = 0; kind < 3000; ++kind) {
         std::vector<uint16_t> h(128);
         for (uint16_t& v : h) {
-            v = kind == 0   ? 0x3c00
-                : kind == 1 ? 0xffff
-                : kind == 2 ? 0x0001
-                            : static_cast<uint16_t>(generator());
+            v = kind == 0 ? 0x3c00 : kind == 1 ? 0xffff : kind == 2 ? 0x0001 : static_cast<uint16_t>(generator());
         }
         std::vector<uint8_t> bytes(256);
         std::memcpy(bytes.data(), h.data(), 256);
@@ -339,11 +339,13 @@ TEST(Native, PlainRowsAreNotNative) {
 // Anything may stand in a saved file.
 TEST(Native, ArbitraryBytesNeverCrash) {
     EXPECT_TRUE(rc::check([] {
-        const auto store = make_store({*rc::gen::element(Side::key, Side::value), 32, 3, 70}, {*rc::gen::element(2, 3, 4, 5, 6, 8, 16, 32), 4, 2});
+        const auto store = make_store({*rc::gen::element(Side::key, Side::value), 32, 3, 70},
+                                      {*rc::gen::element(2, 3, 4, 5, 6, 8, 16, 32), 4, 2});
         RC_ASSERT(write_row(*store, 5, 1).ok());
         std::vector<uint8_t> bytes = *rc::gen::element(native_row(*store, 5), native_row(*store, 6));
         for (const auto& [at, value] : *rc::gen::container<std::vector<std::pair<size_t, uint8_t>>>(
-                 *rc::gen::inRange(0, 10), rc::gen::pair(rc::gen::inRange<size_t>(0, bytes.size()), rc::gen::arbitrary<uint8_t>()))) {
+                 *rc::gen::inRange(0, 10),
+                 rc::gen::pair(rc::gen::inRange<size_t>(0, bytes.size()), rc::gen::arbitrary<uint8_t>()))) {
             bytes[at] = value;
         }
         bool not_native = false;

@@ -23,8 +23,12 @@ __attribute__((noinline)) void* operator new(size_t bytes) {
     }
     throw std::bad_alloc();
 }
-__attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
-__attribute__((noinline)) void operator delete(void* p, size_t) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p) noexcept {
+    std::free(p);
+}
+__attribute__((noinline)) void operator delete(void* p, size_t) noexcept {
+    std::free(p);
+}
 
 namespace turboquant {
 namespace {
@@ -68,7 +72,8 @@ std::vector<uint8_t> all_codes(const Store& store) {
 TEST(Store, RefusesWhatItCannotHold) {
     std::unique_ptr<Store> store;
     const StoreShape good = {Side::key, 64, 2, 100};
-    const auto refused = [&store](const StoreShape& shape, const StoreOptions& options, Conditioning c, const char* word) {
+    const auto refused = [&store](const StoreShape& shape, const StoreOptions& options, Conditioning c,
+                                  const char* word) {
         const Status status = Store::create(shape, options, std::move(c), store);
         EXPECT_FALSE(status.ok());
         EXPECT_NE(status.message().find(word), std::string::npos) << status.message();
@@ -107,14 +112,16 @@ TEST(Store, BytesAreWhatItTakes) {
                     const StoreOptions options = {bits, window, window / 8};
                     size_t planned = 0;
                     ASSERT_TRUE(Store::bytes(shape, options, planned).ok());
-                    EXPECT_EQ(make_store(shape, options)->bytes(), planned) << head_size << ' ' << bits << ' ' << window;
+                    EXPECT_EQ(make_store(shape, options)->bytes(), planned)
+                        << head_size << ' ' << bits << ' ' << window;
                 }
             }
         }
     }
     // 4 bits and a scale at D = 128: 4.125 bits a value in codes and scales.
     const auto store = make_store({Side::key, 128, 8, 6400}, {4, 0, 0});
-    EXPECT_EQ(store->impl().codes.size() + store->impl().scales.size(), static_cast<size_t>(6400 * 8 * 128 * 4.125 / 8));
+    EXPECT_EQ(store->impl().codes.size() + store->impl().scales.size(),
+              static_cast<size_t>(6400 * 8 * 128 * 4.125 / 8));
 }
 
 TEST(Store, RoundTripsEveryShape) {
@@ -142,7 +149,8 @@ TEST(Store, RoundTripsEveryShape) {
                 } else if (bits == 16) {
                     EXPECT_LT(error, 1e-7);
                 } else {
-                    EXPECT_LT(error, theory[bits] * 1.16) << head_size << ' ' << bits; // 2-bit keys: + 12 % by the unbiased scale
+                    EXPECT_LT(error, theory[bits] * 1.16)
+                        << head_size << ' ' << bits; // 2-bit keys: + 12 % by the unbiased scale
                     EXPECT_GT(error, theory[bits] * (bits == 8 ? 0 : 0.85)) << head_size << ' ' << bits;
                 }
                 for (int64_t r = 0; r < 200; ++r) {
@@ -162,7 +170,9 @@ TEST(Store, EveryBlockHasItsOwnScale) {
         std::for_each(x.begin(), x.begin() + 512, [](float& v) { v *= 1000; });
         ASSERT_TRUE(write_rows(*store, x, {7}).ok());
         const std::vector<float> back = read_row(*store, 7);
-        EXPECT_LT(testing::squared_distance(x.data() + 512, back.data() + 512, 64) / testing::dot(x.data() + 512, x.data() + 512, 64), .02);
+        EXPECT_LT(testing::squared_distance(x.data() + 512, back.data() + 512, 64) /
+                      testing::dot(x.data() + 512, x.data() + 512, 64),
+                  .02);
         EXPECT_LT(testing::squared_distance(x.data(), back.data(), 512) / testing::dot(x.data(), x.data(), 512), .02);
     }
 }
@@ -183,7 +193,8 @@ TEST(Store, RowsDoNotTouchTheirNeighbours) {
                 EXPECT_NE(read_row(*store, row), before[static_cast<size_t>(row)]);
                 before[static_cast<size_t>(row)] = read_row(*store, row);
                 for (int64_t r = 0; r < 130; ++r) {
-                    ASSERT_EQ(read_row(*store, r), before[static_cast<size_t>(r)]) << bits << ": " << row << " changed " << r;
+                    ASSERT_EQ(read_row(*store, r), before[static_cast<size_t>(r)])
+                        << bits << ": " << row << " changed " << r;
                 }
             }
         }
@@ -332,7 +343,8 @@ TEST(Conditioning, FactorsAreWhatKernelsNeed) {
     double score = 0;
     for (int ch = 0; ch < 64; ++ch) {
         const FieldPosition at = field_position(Side::key, store->impl().tile.planes[0], 0, ch);
-        score += static_cast<int8_t>(store->impl().tile_codes(0, 0)[at.byte]) * static_cast<double>(rotated[static_cast<size_t>(ch)]);
+        score += static_cast<int8_t>(store->impl().tile_codes(0, 0)[at.byte]) *
+                 static_cast<double>(rotated[static_cast<size_t>(ch)]);
     }
     score *= static_cast<double>(from_half(store->impl().tile_scales(0, 0)[0]));
     double expected = 0;
@@ -561,7 +573,15 @@ TEST(Staging, ServesStoresInTurn) {
     const auto b = make_store({Side::value, 128, 3, 300}, {4, 2, 0});
     const auto none = make_store({Side::value, 64, 1, 300}, {4, 0, 0});
     Staging staging;
-    ASSERT_TRUE(write_rows(*a, normals(20 * 128, 1), [] { std::vector<int64_t> v(20); std::iota(v.begin(), v.end(), 0); return v; }(), &staging).ok());
+    ASSERT_TRUE(write_rows(
+                    *a, normals(20 * 128, 1),
+                    [] {
+                        std::vector<int64_t> v(20);
+                        std::iota(v.begin(), v.end(), 0);
+                        return v;
+                    }(),
+                    &staging)
+                    .ok());
     ASSERT_TRUE(write_row(*b, 7, 1, &staging).ok());
     EXPECT_EQ(staging.owner, b.get());
     EXPECT_EQ(staging.size(), 1);
@@ -679,7 +699,10 @@ TEST(Store, SteadyStateAllocatesNothing) {
         for (int64_t& i : index) {
             i = (i + 16) % 1000;
         }
-        good = good && store->write(x.data(), 1024, index.data(), round % 2 == 0 ? 16 : 1, {}, round % 3 == 0 ? nullptr : &staging).ok();
+        good =
+            good &&
+            store->write(x.data(), 1024, index.data(), round % 2 == 0 ? 16 : 1, {}, round % 3 == 0 ? nullptr : &staging)
+                .ok();
         good = good && store->pin(index[0], nullptr).ok();
     }
     EXPECT_EQ(n_allocations - before, 0);

@@ -55,8 +55,8 @@ inline std::unique_ptr<Store> make_store(const StoreShape& shape, const StoreOpt
 
 inline Status write_rows(Store& store, const std::vector<float>& x, const std::vector<int64_t>& index,
                          Staging* staging = nullptr, const ParallelFor& parallel = {}) {
-    return store.write(x.data(), store.shape().row_elements(), index.data(), static_cast<int64_t>(index.size()), parallel,
-                       staging);
+    return store.write(x.data(), store.shape().row_elements(), index.data(), static_cast<int64_t>(index.size()),
+                       parallel, staging);
 }
 
 // One row of normals that depend on `seed` only.

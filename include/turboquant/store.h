@@ -114,8 +114,8 @@ public:
     size_t native_row_bytes() const;
     void read_native(int64_t row, uint8_t* out) const;
     // `in` is what read_native gave, from a store of the same shape, bits and conditioning (window and sinks may
-    // differ: an exact row that finds no place, or is older than all of a full ring, is kept as codes). Error (row unchanged)
-    // when it says it is a native row but does not fit this store (other bits, other shape, damaged).
+    // differ: an exact row that finds no place, or is older than all of a full ring, is kept as codes). Error (row
+    // unchanged) when it says it is a native row but does not fit this store (other bits, other shape, damaged).
     // not_native is set when it is no native row at all: the caller may take it as plain values.
     Status write_native(int64_t row, const uint8_t* in, bool& not_native);
 

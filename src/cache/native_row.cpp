@@ -149,8 +149,9 @@ Status check_coded_row(const Store::Impl& m, const uint8_t* in) {
     const Header h = get_header(in);
     const std::string what = "native row: ";
     if (h.version != kVersion) {
-        return {StatusCode::unsupported, what + "format version " + std::to_string(h.version) + ", this library reads " +
-                                             std::to_string(kVersion) + "; save the cache again"};
+        return {StatusCode::unsupported, what + "format version " + std::to_string(h.version) +
+                                             ", this library reads " + std::to_string(kVersion) +
+                                             "; save the cache again"};
     }
     if (h.side != static_cast<uint8_t>(m.shape.side) || h.bits != m.options.bits || h.head_size != m.shape.head_size ||
         h.kv_heads != m.shape.kv_heads) {
@@ -197,7 +198,8 @@ void clear_row(Store::Impl& m, int64_t row) {
     const uint8_t codes[kMaxHeadSize + 32] = {};
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         if (!m.coded()) {
-            std::memset(m.plain_row(head, row), 0, static_cast<size_t>(m.shape.head_size) * static_cast<size_t>(m.options.bits / 8));
+            std::memset(m.plain_row(head, row), 0,
+                        static_cast<size_t>(m.shape.head_size) * static_cast<size_t>(m.options.bits / 8));
             continue;
         }
         uint16_t* const scales = m.tile_scales(head, row / kTileRows) + row % kTileRows;

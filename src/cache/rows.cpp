@@ -27,7 +27,8 @@ int tag_elements(int head_size, int kv_head) {
 
 PlaneShape plane_shape(Side side, const Plane& plane) {
     const int fields = 8 / plane.width;
-    return {plane.width, plane.shift, side == Side::key ? plane.padded_channels / (4 * fields) : kTileRows / (4 * fields)};
+    return {plane.width, plane.shift,
+            side == Side::key ? plane.padded_channels / (4 * fields) : kTileRows / (4 * fields)};
 }
 
 } // namespace
@@ -111,7 +112,8 @@ void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* co
         const unsigned mask = (1U << plane.width) - 1U;
         for (int c = 0; c < n; ++c) {
             const FieldPosition at = field_position(impl.tile.side, plane, r, c);
-            codes[c] |= static_cast<uint8_t>((static_cast<unsigned>(tile[plane.offset + at.byte]) >> at.bit & mask) << plane.shift);
+            codes[c] |= static_cast<uint8_t>((static_cast<unsigned>(tile[plane.offset + at.byte]) >> at.bit & mask)
+                                             << plane.shift);
         }
     }
 }

@@ -79,7 +79,8 @@ Plan make_plan(const StoreShape& shape, const StoreOptions& options, const Rotat
     plan.n_tiles = (shape.rows + kTileRows - 1) / kTileRows;
     const size_t head_tiles = static_cast<size_t>(plan.n_tiles) * static_cast<size_t>(shape.kv_heads);
     if (options.bits > 8) {
-        plan.plain_bytes = head_tiles * kTileRows * static_cast<size_t>(shape.head_size) * static_cast<size_t>(options.bits / 8);
+        plan.plain_bytes =
+            head_tiles * kTileRows * static_cast<size_t>(shape.head_size) * static_cast<size_t>(options.bits / 8);
         return plan;
     }
     plan.code_bytes = head_tiles * make_tile_layout(shape.side, options.bits, shape.head_size).tile_bytes;
@@ -167,11 +168,21 @@ std::string row_range(const Store::Impl& impl, int64_t row) {
 Store::Store(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Store::~Store() = default;
 
-const StoreShape& Store::shape() const { return impl_->shape; }
-const StoreOptions& Store::options() const { return impl_->options; }
-const Conditioning& Store::conditioning() const { return impl_->conditioning; }
-const Rotation& Store::rotation() const { return impl_->rotation; }
-const StoreCounters& Store::counters() const { return impl_->counters; }
+const StoreShape& Store::shape() const {
+    return impl_->shape;
+}
+const StoreOptions& Store::options() const {
+    return impl_->options;
+}
+const Conditioning& Store::conditioning() const {
+    return impl_->conditioning;
+}
+const Rotation& Store::rotation() const {
+    return impl_->rotation;
+}
+const StoreCounters& Store::counters() const {
+    return impl_->counters;
+}
 
 Status Store::bytes(const StoreShape& shape, const StoreOptions& options, size_t& bytes) {
     if (Status status = check(shape, options); !status.ok()) {
@@ -207,8 +218,8 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
     if (Status status = default_isa(isa); !status.ok()) {
         return status;
     }
-    const Status out_of_memory = {StatusCode::out_of_memory, "store (" + describe(shape, options) +
-                                                                 "): no memory; use fewer rows or fewer bits"};
+    const Status out_of_memory = {StatusCode::out_of_memory,
+                                  "store (" + describe(shape, options) + "): no memory; use fewer rows or fewer bits"};
     try {
         auto impl = std::make_unique<Impl>();
         Impl& m = *impl;
@@ -273,8 +284,8 @@ struct Batch {
     const int64_t* index = nullptr;
     int64_t n = 0;
     uint64_t first_age = 0;
-    int64_t first_in_ring = 0;    // rows from here on have slots: batch_slots[i - first_in_ring]
-    uint16_t* staged = nullptr;   // [n][row_elements] or null
+    int64_t first_in_ring = 0;  // rows from here on have slots: batch_slots[i - first_in_ring]
+    uint16_t* staged = nullptr; // [n][row_elements] or null
 };
 
 void write_plain_head(Store::Impl& m, int64_t row, int kv_head, const float* x, HeadNotes& notes) {
@@ -306,8 +317,9 @@ void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
     }
     alignas(64) uint16_t h[kMaxHeadSize + 2 * kVectorPadding];
     round_head(m, x, h, notes);
-    uint16_t* const slot =
-        i >= batch.first_in_ring ? m.raw(m.batch_slots[static_cast<size_t>(i - batch.first_in_ring)]) + head_at : nullptr;
+    uint16_t* const slot = i >= batch.first_in_ring
+                               ? m.raw(m.batch_slots[static_cast<size_t>(i - batch.first_in_ring)]) + head_at
+                               : nullptr;
     uint16_t* const staged = batch.staged != nullptr ? batch.staged + i * m.shape.row_elements() + head_at : nullptr;
     if (slot != nullptr || staged != nullptr) {
         put_tag(h, head_at, head_size, make_tag(batch.first_age + static_cast<uint64_t>(i), false));
@@ -386,7 +398,8 @@ void order_ring(Store::Impl& m) {
     for (int s = 0; s < m.n_slots; ++s) {
         const auto i = static_cast<size_t>(s);
         const int64_t row = m.slot_row[i];
-        if (row >= 0 && m.slot_pinned[i] == 0 && (m.batch_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) == 0) {
+        if (row >= 0 && m.slot_pinned[i] == 0 &&
+            (m.batch_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) == 0) {
             m.ring_order.push_back(s);
         }
     }
@@ -465,8 +478,8 @@ Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_
         try {
             size_staging(m, n, *staging);
         } catch (const std::bad_alloc&) {
-            status = {StatusCode::out_of_memory, "write: no memory to stage " + std::to_string(n) +
-                                                     " rows; write fewer at a time"};
+            status = {StatusCode::out_of_memory,
+                      "write: no memory to stage " + std::to_string(n) + " rows; write fewer at a time"};
         }
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -532,7 +545,8 @@ Status Store::pin(int64_t row, const Staging* staging) {
         }
     }
     if (slot < 0 && staged == nullptr) {
-        return invalid("pin: row " + std::to_string(row) + " is no longer exact; pin it right after its write, with "
+        return invalid("pin: row " + std::to_string(row) +
+                       " is no longer exact; pin it right after its write, with "
                        "the staging of that write");
     }
     if (m.n_pinned == m.options.sink_slots) {

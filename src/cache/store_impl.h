@@ -37,10 +37,10 @@ struct Store::Impl {
     Rotation rotation;
     const Codebook* book = nullptr; // null for pass-through
     TileLayout tile;
-    int64_t n_tiles = 0;            // ceil(rows / 64)
-    int n_blocks = 0;               // rotation blocks = scales a row and head
-    PageMemory codes;               // [kv_head][n_tiles][tile.tile_bytes]
-    PageMemory scales;              // fp16 [kv_head][n_tiles][n_blocks][64]
+    int64_t n_tiles = 0; // ceil(rows / 64)
+    int n_blocks = 0;    // rotation blocks = scales a row and head
+    PageMemory codes;    // [kv_head][n_tiles][tile.tile_bytes]
+    PageMemory scales;   // fp16 [kv_head][n_tiles][n_blocks][64]
 
     // Per channel, [kv_head][head_size]; what the rotation's signs and lambda come to:
     std::vector<float> encode_factor; // sign * lambda: rotated = H (factor * (x - mu)) / sqrt(n)
@@ -53,16 +53,16 @@ struct Store::Impl {
     PageMemory plain;
 
     // Exact rows. Slot s holds row slot_row[s] (-1: free) as fp16 slot_raw[s][row_elements].
-    int n_slots = 0;                   // window + sink_slots
+    int n_slots = 0; // window + sink_slots
     std::vector<int64_t> slot_row;
-    std::vector<uint64_t> slot_age;    // the clock when the row was written; later is larger
+    std::vector<uint64_t> slot_age; // the clock when the row was written; later is larger
     std::vector<uint8_t> slot_pinned;
     std::vector<uint64_t> slot_pin_order; // pin_clock when it was pinned; the smallest gives way first
     PageMemory slot_raw;
-    int n_ring = 0;                    // slots in use and not pinned: at most window
-    int n_pinned = 0;                  // at most sink_slots
+    int n_ring = 0;   // slots in use and not pinned: at most window
+    int n_pinned = 0; // at most sink_slots
     uint64_t pin_clock = 0;
-    uint64_t clock = 0;                // age of the latest row written; the first row gets 1
+    uint64_t clock = 0; // age of the latest row written; the first row gets 1
 
     // Bit r of entry t is row 64 t + r.
     std::vector<uint64_t> exact_rows;   // has a slot
@@ -74,14 +74,17 @@ struct Store::Impl {
     std::vector<int32_t> batch_slots;
 
     const uint8_t* tile_codes(int kv_head, int64_t t) const {
-        return codes.data() + (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * tile.tile_bytes;
+        return codes.data() +
+               (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * tile.tile_bytes;
     }
     const uint16_t* tile_scales(int kv_head, int64_t t) const {
         return reinterpret_cast<const uint16_t*>(scales.data()) +
-               (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) * static_cast<size_t>(n_blocks) * kTileRows;
+               (static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) + static_cast<size_t>(t)) *
+                   static_cast<size_t>(n_blocks) * kTileRows;
     }
     const uint16_t* raw(int slot) const {
-        return reinterpret_cast<const uint16_t*>(slot_raw.data()) + static_cast<size_t>(slot) * static_cast<size_t>(shape.row_elements());
+        return reinterpret_cast<const uint16_t*>(slot_raw.data()) +
+               static_cast<size_t>(slot) * static_cast<size_t>(shape.row_elements());
     }
 
     uint8_t* tile_codes(int kv_head, int64_t t) {
@@ -93,7 +96,8 @@ struct Store::Impl {
     uint16_t* raw(int slot) { return const_cast<uint16_t*>(static_cast<const Impl*>(this)->raw(slot)); }
     // One head's row of `plain`.
     uint8_t* plain_row(int kv_head, int64_t row) const {
-        const size_t index = static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) * kTileRows + static_cast<size_t>(row);
+        const size_t index =
+            static_cast<size_t>(kv_head) * static_cast<size_t>(n_tiles) * kTileRows + static_cast<size_t>(row);
         return plain.data() + index * static_cast<size_t>(shape.head_size) * static_cast<size_t>(options.bits / 8);
     }
 

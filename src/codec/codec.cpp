@@ -25,9 +25,9 @@ constexpr Codebook make_codebook(int bits, float unit, std::initializer_list<int
 // Integers near Lloyd-Max's centroids for N(0, 1) and the unit that makes them best; the mean squared error over
 // Lloyd-Max's own in brackets (docs/format.md says how they were found).
 constexpr Codebook kCodebooks[] = {
-    make_codebook(2, 77.454F, {35, 117}),                       // +0.00 %
-    make_codebook(3, 54.346F, {13, 41, 73, 117}),               // +0.03 %
-    make_codebook(4, 39.149F, {5, 15, 25, 37, 49, 63, 81, 107}), // +0.34 %
+    make_codebook(2, 77.454F, {35, 117}),                                                       // +0.00 %
+    make_codebook(3, 54.346F, {13, 41, 73, 117}),                                               // +0.03 %
+    make_codebook(4, 39.149F, {5, 15, 25, 37, 49, 63, 81, 107}),                                // +0.34 %
     make_codebook(5, 36.240F, {2, 7, 12, 17, 22, 27, 32, 38, 44, 50, 57, 65, 74, 84, 97, 118}), // +0.67 %
     make_codebook(6, 28.822F, {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                33, 36, 39, 42, 45, 48, 51, 54, 58, 62, 66, 71, 77, 84, 93, 108}), // +2.04 %
@@ -54,8 +54,8 @@ EncodeTable make_encode_table(const Codebook& book) {
 } // namespace
 
 const Codebook* find_codebook(int bits) {
-    const auto* const found =
-        std::find_if(std::begin(kCodebooks), std::end(kCodebooks), [bits](const Codebook& b) { return b.bits == bits; });
+    const auto* const found = std::find_if(std::begin(kCodebooks), std::end(kCodebooks),
+                                           [bits](const Codebook& b) { return b.bits == bits; });
     return found == std::end(kCodebooks) ? nullptr : found;
 }
 
@@ -80,12 +80,9 @@ const EncodeTable& encode_table(int bits) {
 
 KernelRule kernel_rule(ScaleRule rule) {
     switch (rule) {
-    case ScaleRule::unbiased:
-        return KernelRule::unbiased;
-    case ScaleRule::matched:
-        return KernelRule::matched;
-    case ScaleRule::mmse:
-        break;
+    case ScaleRule::unbiased: return KernelRule::unbiased;
+    case ScaleRule::matched: return KernelRule::matched;
+    case ScaleRule::mmse: break;
     }
     return KernelRule::mmse;
 }
@@ -105,7 +102,7 @@ const CodecKernels& codec_kernels([[maybe_unused]] Isa isa) {
 }
 
 const CodecKernels& default_kernels() {
-    static const CodecKernels& kernels = [] () -> const CodecKernels& {
+    static const CodecKernels& kernels = []() -> const CodecKernels& {
         Isa isa = Isa::portable;
         return default_isa(isa).ok() ? codec_kernels(isa) : codec_kernels(Isa::portable);
     }();
@@ -148,7 +145,7 @@ uint16_t to_half(float x) {
     uint32_t h = 0;
     if (magnitude > 0x7f800000U) {
         h = 0x7e00U | (magnitude >> 13 & 0x1ffU); // a quiet NaN keeps what fits of its payload
-    } else if (magnitude >= 0x477ff000U) { // 65520 and above: rounds to infinity
+    } else if (magnitude >= 0x477ff000U) {        // 65520 and above: rounds to infinity
         h = 0x7c00U;
     } else if (magnitude < 0x38800000U) { // below 2^-14: adding 1/2 leaves multiples of 2^-24
         h = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - 0x3f000000U;

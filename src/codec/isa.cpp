@@ -90,14 +90,10 @@ Choice choose() {
 
 std::string_view isa_name(Isa isa) {
     switch (isa) {
-    case Isa::portable:
-        return "portable";
-    case Isa::avx2:
-        return "avx2";
-    case Isa::avx512:
-        return "avx512";
-    case Isa::neon:
-        return "neon";
+    case Isa::portable: return "portable";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::neon: return "neon";
     }
     return "unknown";
 }

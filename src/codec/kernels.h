@@ -17,7 +17,7 @@ inline constexpr int kVectorPadding = 16;
 
 struct EncodeTable {
     int bits = 0;
-    int n_thresholds = 0;    // 2^(bits-1) - 1; 0 for 8 bits
+    int n_thresholds = 0; // 2^(bits-1) - 1; 0 for 8 bits
     int first_level = 0;
     float threshold[31] = {}; // of |y| / sigma: midpoints between the centroids
     // What crossing threshold k adds to (m << 8 | level[m]): one sum gives the index and the integer of the codebook.
