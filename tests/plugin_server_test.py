@@ -1,0 +1,195 @@
+"""A stock llama-server with the plug-in: GGML_BACKEND_PATH=... llama-server --device TQ0 -fa on, and HTTP on the loopback.
+
+TQ_TEST_LLAMA_SERVER, TQ_TEST_SMOLLM2 and TQ_TEST_PLUGIN say where things are. Exit status 77: nothing to test with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.request
+from typing import Any, Optional
+
+SERVER = os.environ.get("TQ_TEST_LLAMA_SERVER", "")
+SMOLLM2 = os.environ.get("TQ_TEST_SMOLLM2", "")
+GEMMA = os.environ.get("TQ_TEST_GEMMA", "")
+PLUGIN = os.environ.get("TQ_TEST_PLUGIN", "")
+
+if not SERVER or not SMOLLM2 or not PLUGIN:
+    print("TQ_TEST_LLAMA_SERVER, TQ_TEST_SMOLLM2 or TQ_TEST_PLUGIN is not set")
+    sys.exit(77)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Server:
+    """A llama-server of this test's own; always ended."""
+
+    def __init__(self, model: str, *arguments: str, **variables: str):
+        self.folder = tempfile.TemporaryDirectory(prefix="tq_server_")
+        self.port = free_port()
+        self.log_path = os.path.join(self.folder.name, "log")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TURBOQUANT_")}
+        environment.update(GGML_BACKEND_PATH=PLUGIN, **variables)
+        command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", str(self.port), "-t", "2", "-c", "4096", "-np", "4",
+                   "--slot-save-path", self.folder.name, *arguments]
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def log(self) -> str:
+        with open(self.log_path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def wait_ready(self, seconds: float = 90) -> bool:
+        """False if it ended before it was ready."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                return False
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        return True
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise TimeoutError(f"llama-server was not ready after {seconds} s:\n{self.log()[-2000:]}")
+
+    def post(self, path: str, body: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=90) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+
+    def complete(self, prompt: str, n: int = 12, **more: Any) -> dict[str, Any]:
+        return self.post("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "cache_prompt": False, **more})
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        self.folder.cleanup()
+
+
+def cache_mib(log: str) -> float:
+    return sum(float(m) for m in re.findall(r"KV buffer size =\s*([0-9.]+) MiB", log))
+
+
+def chat(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?", "Name the planet we live on.", "How many days has a week?")
+
+
+class StockServer(unittest.TestCase):
+    server: Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Server(SMOLLM2, "--device", "TQ0", "-fa", "on", TURBOQUANT_KV="5/4")
+        if not cls.server.wait_ready():
+            log = cls.server.log()
+            cls.server.close()
+            raise RuntimeError("llama-server ended:\n" + log[-3000:])
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        status = cls.server.process.poll()
+        cls.server.close()
+        assert status is None, f"llama-server died with status {status}"
+
+    def test_cache_is_ours(self) -> None:
+        log = self.server.log()
+        self.assertIn("turboquant: KV cache: keys 5 bits, values 4 bits", log)
+        # 30 layers, 3 heads of 64, keys and values, 4096 cells at 2 bytes: 90 MiB.
+        self.assertGreater(cache_mib(log), 20)
+        self.assertLess(cache_mib(log), 32)
+
+    def test_chat(self) -> None:
+        answer = self.server.post("/v1/chat/completions", {
+            "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 24, "temperature": 0})
+        self.assertIn("Paris", answer["choices"][0]["message"]["content"])
+
+    def test_four_slots_agree_with_each_alone(self) -> None:
+        alone = [self.server.complete(chat(q))["content"] for q in QUESTIONS]
+        together: list[Optional[str]] = [None] * len(QUESTIONS)
+
+        def work(i: int) -> None:
+            together[i] = self.server.complete(chat(QUESTIONS[i]), id_slot=i)["content"]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(QUESTIONS))]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(120)
+        print(alone)
+        self.assertEqual(together, alone)
+        for text, word in zip(alone, ("Paris", "cold", "Earth")):
+            self.assertIn(word, text)
+
+    def test_slot_save_and_restore(self) -> None:
+        start = chat("Tell me a story about a lighthouse.")
+        first = self.server.complete(start, 40, id_slot=1, cache_prompt=True)
+        text = start + first["content"]
+        saved = self.server.post("/slots/1?action=save", {"filename": "slot.bin"})
+        self.assertGreater(saved["n_saved"], 40)
+        expected = self.server.complete(text, 16, id_slot=1, cache_prompt=True)
+        self.server.post("/slots/1?action=erase")
+        restored = self.server.post("/slots/1?action=restore", {"filename": "slot.bin"})
+        self.assertEqual(restored["n_restored"], saved["n_saved"])
+        again = self.server.complete(text, 16, id_slot=1, cache_prompt=True)
+        self.assertLess(again["timings"]["prompt_n"], 8, "the restored rows were not used")
+        self.assertEqual(again["content"], expected["content"])
+        # Into another slot.
+        self.server.post("/slots/3?action=restore", {"filename": "slot.bin"})
+        other = self.server.complete(text, 16, id_slot=3, cache_prompt=True)
+        self.assertLess(other["timings"]["prompt_n"], 8)
+        self.assertEqual(other["content"][:20], expected["content"][:20])
+
+
+class OtherCommandLines(unittest.TestCase):
+    def start(self, model: str, *arguments: str, **variables: str) -> Server:
+        server = Server(model, *arguments, **variables)
+        self.addCleanup(server.close)
+        return server
+
+    def test_flash_attention_off_is_refused_in_words(self) -> None:
+        server = self.start(SMOLLM2, "--device", "TQ0", "-fa", "off")
+        self.assertFalse(server.wait_ready())
+        self.assertGreater(server.process.wait(10), 0, server.log()[-2000:])
+        self.assertIn("flash attention", server.log())
+
+    def test_wrong_setting_is_named(self) -> None:
+        server = self.start(SMOLLM2, "--device", "TQ0", "-fa", "on", TURBOQUANT_KV="nonsense")
+        self.assertFalse(server.wait_ready())
+        self.assertGreater(server.process.wait(10), 0, server.log()[-2000:])
+        self.assertIn("TURBOQUANT_KV=nonsense", server.log())
+
+    @unittest.skipUnless(GEMMA, "TQ_TEST_GEMMA is not set")
+    def test_gemma(self) -> None:
+        server = self.start(GEMMA, "--device", "TQ0", "-fa", "on")
+        self.assertTrue(server.wait_ready(), server.log()[-2000:])
+        self.assertIn("turboquant: KV cache", server.log())
+        answer = server.complete("The capital of France is Paris. The capital of Italy is", 6)
+        self.assertIn("Rome", answer["content"])
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
