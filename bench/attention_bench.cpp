@@ -187,12 +187,12 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
 }
 
 void add(const std::string& name, const Shape& shape, Isa isa, int workers) {
-    benchmark::RegisterBenchmark(
-        (name + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) + "/group" +
-         std::to_string(shape.heads / kKvHeads) + "/" + std::to_string(shape.key_bits) + "-" +
-         std::to_string(shape.value_bits) + "/rows" + std::to_string(shape.rows) + "/threads" + std::to_string(workers))
-            .c_str(),
-        [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); })
+    benchmark::RegisterBenchmark((name + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
+                                  "/group" + std::to_string(shape.heads / kKvHeads) + "/" +
+                                  std::to_string(shape.key_bits) + "-" + std::to_string(shape.value_bits) + "/rows" +
+                                  std::to_string(shape.rows) + "/threads" + std::to_string(workers))
+                                     .c_str(),
+                                 [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); })
         ->UseRealTime()
         ->Unit(benchmark::kMicrosecond);
 }

@@ -45,7 +45,8 @@ TEST(AttentionFeatures, SoftCap) {
 
 TEST(AttentionFeatures, Alibi) {
     check_case({.kv_heads = 2, .group = 4, .rows = 200, .max_bias = 8}, available_isas());
-    check_case({.kv_heads = 3, .group = 4, .rows = 200, .queries = 3, .max_bias = 8}, available_isas()); // 12 heads: two ladders
+    check_case({.kv_heads = 3, .group = 4, .rows = 200, .queries = 3, .max_bias = 8},
+               available_isas()); // 12 heads: two ladders
 }
 
 TEST(AttentionFeatures, SinkLogits) {
@@ -64,27 +65,54 @@ TEST(AttentionFeatures, ExactRowsOfTheStore) {
     check_case({.key_window = 40}, available_isas());
     check_case({.value_window = 40}, available_isas());
     check_case({.key_window = 10, .value_window = 90, .pins = 4}, available_isas());
-    check_case({.rows = 70, .queries = 7, .mu = true, .lambda = true, .key_window = 100, .value_window = 100, .pins = 2},
-               available_isas());
+    check_case(
+        {.rows = 70, .queries = 7, .mu = true, .lambda = true, .key_window = 100, .value_window = 100, .pins = 2},
+        available_isas());
 }
 
 TEST(AttentionFeatures, ExactRowsOfEachQueryThroughStaging) {
     for (const bool overwrite : {false, true}) {
-        check_case({.rows = 200, .queries = 100, .key_window = 32, .value_window = 32, .pins = 4, .staging = true,
-                    .overwrite = overwrite}, available_isas());
-        check_case({.rows = 150, .queries = 40, .mask = Mask::none, .mu = true, .key_window = 16, .value_window = 64,
-                    .staging = true, .overwrite = overwrite}, available_isas());
-        check_case({.rows = 150, .queries = 40, .mask = Mask::biased, .pins = 3, .staging = true, .overwrite = overwrite},
+        check_case({.rows = 200,
+                    .queries = 100,
+                    .key_window = 32,
+                    .value_window = 32,
+                    .pins = 4,
+                    .staging = true,
+                    .overwrite = overwrite},
                    available_isas());
-        check_case({.rows = 150, .queries = 5, .key_window = 64, .staging = true, .overwrite = overwrite, .peaky = true},
+        check_case({.rows = 150,
+                    .queries = 40,
+                    .mask = Mask::none,
+                    .mu = true,
+                    .key_window = 16,
+                    .value_window = 64,
+                    .staging = true,
+                    .overwrite = overwrite},
                    available_isas());
+        check_case(
+            {.rows = 150, .queries = 40, .mask = Mask::biased, .pins = 3, .staging = true, .overwrite = overwrite},
+            available_isas());
+        check_case(
+            {.rows = 150, .queries = 5, .key_window = 64, .staging = true, .overwrite = overwrite, .peaky = true},
+            available_isas());
     }
 }
 
 TEST(AttentionFeatures, MultiLatentAttention) {
     check_case({.head_size = 576, .value_size = 512, .kv_heads = 1, .group = 16, .rows = 100}, available_isas());
-    check_case({.head_size = 576, .value_size = 512, .kv_heads = 1, .group = 4, .key_bits = 8, .rows = 100, .queries = 7,
-                .mu = true, .lambda = true, .key_window = 12, .pins = 2, .staging = true}, available_isas());
+    check_case({.head_size = 576,
+                .value_size = 512,
+                .kv_heads = 1,
+                .group = 4,
+                .key_bits = 8,
+                .rows = 100,
+                .queries = 7,
+                .mu = true,
+                .lambda = true,
+                .key_window = 12,
+                .pins = 2,
+                .staging = true},
+               available_isas());
     check_case({.head_size = 128, .value_size = 72, .kv_heads = 2, .group = 3, .rows = 100, .mu = true, .lambda = true},
                available_isas()); // ends within a rotation block, and the keys have integer kernels
     check_case({.head_size = 576, .value_size = 512, .kv_heads = 1, .group = 4, .key_bits = 16, .rows = 100},
@@ -93,9 +121,11 @@ TEST(AttentionFeatures, MultiLatentAttention) {
 
 TEST(AttentionFeatures, PassThroughRows) {
     for (const int bits : {16, 32}) {
-        check_case({.head_size = 80, .key_bits = bits, .value_bits = bits, .rows = 200, .queries = 3}, available_isas());
+        check_case({.head_size = 80, .key_bits = bits, .value_bits = bits, .rows = 200, .queries = 3},
+                   available_isas());
         check_case({.head_size = 36, .key_bits = bits, .value_bits = 4, .queries = 2}, available_isas());
-        check_case({.head_size = 36, .key_bits = 4, .value_bits = bits, .queries = 2, .key_window = 10}, available_isas());
+        check_case({.head_size = 36, .key_bits = 4, .value_bits = bits, .queries = 2, .key_window = 10},
+                   available_isas());
     }
 }
 
@@ -144,8 +174,13 @@ TEST(AttentionFeatures, ManySmallProbabilitiesAddUp) {
 TEST(AttentionFeatures, ThreadsChangeRoundingOnly) {
     for (const Case& base : {Case{.kv_heads = 1, .group = 3, .rows = 2000, .mu = true, .value_window = 16},
                              Case{.kv_heads = 2, .group = 4, .rows = 777, .queries = 70, .sinks = true},
-                             Case{.kv_heads = 1, .group = 4, .rows = 1500, .queries = 70, .value_window = 30, .pins = 2,
-                                  .staging = true}, // several chunks of queries, each in several parts
+                             Case{.kv_heads = 1,
+                             .group = 4,
+                             .rows = 1500,
+                             .queries = 70,
+                             .value_window = 30,
+                             .pins = 2,
+                             .staging = true}, // several chunks of queries, each in several parts
                              Case{.kv_heads = 3, .group = 1, .rows = 1500, .mask = Mask::holes}}) {
         for (const int workers : {2, 3, 8}) {
             Case c = base;
@@ -171,9 +206,10 @@ TEST(AttentionFeatures, SameInputsSameBits) {
 
 TEST(AttentionFeatures, OneWorkspaceServesCallsOfAllShapes) {
     AttentionWorkspace workspace;
-    for (const Case& c : {Case{.head_size = 128, .group = 8, .rows = 300, .queries = 40}, Case{.head_size = 64, .key_bits = 3},
-                          Case{.head_size = 80, .key_bits = 8, .value_bits = 2, .rows = 500, .key_window = 20},
-                          Case{.head_size = 128, .group = 8, .rows = 300, .queries = 40, .value_window = 9}}) {
+    for (const Case& c :
+         {Case{.head_size = 128, .group = 8, .rows = 300, .queries = 40}, Case{.head_size = 64, .key_bits = 3},
+          Case{.head_size = 80, .key_bits = 8, .value_bits = 2, .rows = 500, .key_window = 20},
+          Case{.head_size = 128, .group = 8, .rows = 300, .queries = 40, .value_window = 9}}) {
         Fixture setup(c);
         std::vector<float> out;
         for (Isa isa : available_isas()) {
@@ -318,9 +354,11 @@ TEST(AttentionErrors, NameTheShapes) {
         return s.message();
     };
     const auto nothing = [](AttentionCall&) {};
-    EXPECT_NE(message([](AttentionCall& c) { c.n_heads = 3; }).find("3 query heads over 2 KV heads"), std::string::npos);
+    EXPECT_NE(message([](AttentionCall& c) { c.n_heads = 3; }).find("3 query heads over 2 KV heads"),
+              std::string::npos);
     EXPECT_NE(message([](AttentionCall& c) { c.n_heads = 0; }).find("0 query heads"), std::string::npos);
-    EXPECT_NE(message([](AttentionCall& c) { c.n_rows = 135; }).find("135 rows asked of a store of 134"), std::string::npos);
+    EXPECT_NE(message([](AttentionCall& c) { c.n_rows = 135; }).find("135 rows asked of a store of 134"),
+              std::string::npos);
     EXPECT_NE(message([](AttentionCall& c) { c.n_rows = -1; }).find("-1 rows"), std::string::npos);
     EXPECT_NE(message([](AttentionCall& c) { c.value_size = 65; }).find("value_size 65"), std::string::npos);
     EXPECT_NE(message([](AttentionCall& c) { c.q = nullptr; }).find("q null"), std::string::npos);
@@ -354,7 +392,8 @@ TEST(AttentionErrors, InstructionSetsThatAreNotHere) {
     for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::neon}) {
         const auto& here = available_isas();
         if (std::find(here.begin(), here.end(), isa) == here.end()) {
-            EXPECT_EQ(attend(setup.k(), setup.v(), setup.call(out), workspace, {}, isa).code(), StatusCode::unsupported);
+            EXPECT_EQ(attend(setup.k(), setup.v(), setup.call(out), workspace, {}, isa).code(),
+                      StatusCode::unsupported);
         }
     }
 }

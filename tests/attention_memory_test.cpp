@@ -40,8 +40,9 @@ namespace turboquant::attention_tests {
 namespace {
 
 TEST(AttentionMemory, DecodingAllocatesNothing) {
-    for (const Case& c : {Case{.rows = 500, .mu = true, .key_window = 32, .value_window = 32, .pins = 4, .staging = true},
-                          Case{.head_size = 576, .value_size = 512, .kv_heads = 1, .group = 16, .rows = 200, .key_window = 9}}) {
+    for (const Case& c :
+         {Case{.rows = 500, .mu = true, .key_window = 32, .value_window = 32, .pins = 4, .staging = true},
+          Case{.head_size = 576, .value_size = 512, .kv_heads = 1, .group = 16, .rows = 200, .key_window = 9}}) {
         Fixture setup(c);
         AttentionWorkspace workspace;
         std::vector<float> out;

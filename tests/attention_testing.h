@@ -26,25 +26,25 @@ enum class Mask { none, causal, holes, all_hidden, padded, biased };
 
 struct Case {
     int head_size = 64;
-    int value_head_size = 0;  // 0: head_size
-    int value_size = 0;       // > 0: MLA, values are the first channels of the keys
+    int value_head_size = 0; // 0: head_size
+    int value_size = 0;      // > 0: MLA, values are the first channels of the keys
     int kv_heads = 2;
     int group = 2;
     int key_bits = 4;
     int value_bits = 4;
-    int64_t rows = 130;       // attended to
-    int64_t queries = 1;      // the batch: the last rows are its own
+    int64_t rows = 130;  // attended to
+    int64_t queries = 1; // the batch: the last rows are its own
     Mask mask = Mask::causal;
     float softcap = 0;
     float max_bias = 0;
-    bool sinks = false;       // sink logits
+    bool sinks = false; // sink logits
     bool mu = false;
     bool lambda = false;
     int key_window = 0;
     int value_window = 0;
     int pins = 0;
     bool staging = false;
-    bool overwrite = false;   // some rows are written twice: before the batch, and by it
+    bool overwrite = false; // some rows are written twice: before the batch, and by it
     bool peaky = false;
     int workers = 1;
     uint32_t seed = 1;
@@ -168,7 +168,8 @@ public:
                     difference += (got[c] - w.out[c]) * (got[c] - w.out[c]);
                     norm += w.out[c] * w.out[c];
                 }
-                double error = std::sqrt(difference) / std::max(std::sqrt(norm), (out_size() < 16 ? 0.5 : 0.1) * w.terms);
+                double error =
+                    std::sqrt(difference) / std::max(std::sqrt(norm), (out_size() < 16 ? 0.5 : 0.1) * w.terms);
                 if (w.terms == 0) {
                     error = difference == 0 ? 0 : kWrong; // sees nothing: zeros
                 }
@@ -247,9 +248,11 @@ private:
             }
             p.order[static_cast<size_t>(r)] = clock++;
         }
-        Status s = p.exact->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {}, staging);
+        Status s = p.exact->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {},
+                                  staging);
         note(s);
-        s = p.coded->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {}, nullptr);
+        s = p.coded->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {},
+                           nullptr);
         note(s);
     }
 
@@ -299,7 +302,8 @@ private:
             for (int64_t h = 0; h < n_heads(); ++h) {
                 float* q = q_.data() + i * query_stride + h * head_stride;
                 const int64_t row = static_cast<int64_t>(random_() % static_cast<uint32_t>(case_.rows));
-                const float* key = k_.written.data() + row * k_.exact->shape().row_elements() + h / case_.group * case_.head_size;
+                const float* key =
+                    k_.written.data() + row * k_.exact->shape().row_elements() + h / case_.group * case_.head_size;
                 float norm = 0;
                 for (int c = 0; c < case_.head_size; ++c) {
                     norm += key[c] * key[c];
@@ -360,7 +364,8 @@ private:
     }
 
     // One head's row as the query is to see it. An exact row carries the store's tag in its lowest mantissa bits.
-    std::vector<float> row_seen(const Pair& p, int bits, int window, int64_t query, int64_t row, int64_t kv_head) const {
+    std::vector<float> row_seen(const Pair& p, int bits, int window, int64_t query, int64_t row,
+                                int64_t kv_head) const {
         const int n = p.exact->shape().row_elements();
         const bool exact = bits <= 8 && n >= kTagElements && is_exact(p, window, query, row);
         const float* from = (exact ? p.written : p.decoded).data() + row * n;
@@ -440,8 +445,8 @@ private:
     Pair v_;
     Staging k_staging_;
     Staging v_staging_;
-    std::vector<int64_t> batch_;      // rows of the queries
-    int64_t before_rewritten_ = -1;   // a row of the batch that lies before it
+    std::vector<int64_t> batch_;    // rows of the queries
+    int64_t before_rewritten_ = -1; // a row of the batch that lies before it
     std::vector<float> q_;
     std::vector<uint16_t> mask_;
     std::vector<float> sink_logits_;

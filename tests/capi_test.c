@@ -31,10 +31,10 @@ static float noise(void) {
     return sum - 6.0f;
 }
 
-static tq_store *make_store(int32_t side, int bits, int window, tq_batch *batch) {
+static tq_store* make_store(int32_t side, int bits, int window, tq_batch* batch) {
     static float x[ROWS * ELEMENTS];
     tq_store_options options;
-    tq_store *store = NULL;
+    tq_store* store = NULL;
     int64_t rows[ROWS];
     size_t bytes = 0;
     int i;
@@ -67,7 +67,7 @@ static float key[ROWS][ELEMENTS];
 static float value[ROWS][ELEMENTS];
 
 /* Largest difference between out and softmax(q K^T) V over rows [0, seen), relative to the largest output. */
-static double error_of(const float *q, const float *out, int64_t seen) {
+static double error_of(const float* q, const float* out, int64_t seen) {
     double worst = 0;
     double largest = 0;
     int h;
@@ -98,7 +98,8 @@ static double error_of(const float *q, const float *out, int64_t seen) {
 }
 
 static int tasks_run = 0;
-static void run_backwards(void *context, int64_t n_tasks, void (*task)(void *arg, int64_t index, int worker), void *arg) {
+static void run_backwards(void* context, int64_t n_tasks, void (*task)(void* arg, int64_t index, int worker),
+                          void* arg) {
     CHECK(context == &tasks_run);
     while (n_tasks-- > 0) {
         task(arg, n_tasks, (int)(n_tasks % 2));
@@ -107,11 +108,11 @@ static void run_backwards(void *context, int64_t n_tasks, void (*task)(void *arg
 }
 
 static void test_attention(void) {
-    tq_batch *key_batch = NULL;
-    tq_batch *value_batch = NULL;
-    tq_workspace *workspace = NULL;
-    tq_store *k;
-    tq_store *v;
+    tq_batch* key_batch = NULL;
+    tq_batch* value_batch = NULL;
+    tq_workspace* workspace = NULL;
+    tq_store* k;
+    tq_store* v;
     tq_attention call;
     float q[HEADS * HEAD];
     float out[HEADS * HEAD];
@@ -180,7 +181,7 @@ static void test_attention(void) {
 static void test_errors(void) {
     tq_store_options options;
     tq_attention call;
-    tq_store *store = (tq_store *)&options;
+    tq_store* store = (tq_store*)&options;
     size_t bytes;
     int64_t row = 7;
     float x[64] = {0};

@@ -17,20 +17,21 @@ struct AttentionCall {
     const float* q = nullptr; // (query i, head h, channel c) at q[i*q_query_stride + h*q_head_stride + c]
     int64_t q_query_stride = 0;
     int64_t q_head_stride = 0;
-    int64_t n_queries = 0;    // 1 for decoding, hundreds for a prompt
-    int n_heads = 0;          // a multiple of the stores' kv_heads; head h asks KV head h / (n_heads / kv_heads)
+    int64_t n_queries = 0; // 1 for decoding, hundreds for a prompt
+    int n_heads = 0;       // a multiple of the stores' kv_heads; head h asks KV head h / (n_heads / kv_heads)
 
-    int64_t n_rows = 0;       // rows [0, n_rows) are attended to, less what the mask hides. Hide rows never written:
-                              // they count as zero codes, that is zeros, or mu where there is one
+    int64_t n_rows = 0; // rows [0, n_rows) are attended to, less what the mask hides. Hide rows never written:
+                        // they count as zero codes, that is zeros, or mu where there is one
     const uint16_t* mask = nullptr; // fp16, added to the scores; (query i, row r) at mask[i*mask_query_stride + r];
     int64_t mask_query_stride = 0;  // -inf hides. Null: every row is seen.
 
     float scale = 1;
-    float softcap = 0;        // > 0: score = softcap * tanh(score / softcap), before the mask
-    float max_bias = 0;       // > 0: ALiBi; the mask is multiplied by the head's slope
-    const float* sink_logits = nullptr; // [n_heads] or null: one more logit a head that takes probability, gives nothing
+    float softcap = 0;  // > 0: score = softcap * tanh(score / softcap), before the mask
+    float max_bias = 0; // > 0: ALiBi; the mask is multiplied by the head's slope
+    const float* sink_logits =
+        nullptr; // [n_heads] or null: one more logit a head that takes probability, gives nothing
 
-    float* out = nullptr;     // (query i, head h, channel c) at out[i*out_query_stride + h*out_head_stride + c]
+    float* out = nullptr; // (query i, head h, channel c) at out[i*out_query_stride + h*out_head_stride + c]
     int64_t out_query_stride = 0;
     int64_t out_head_stride = 0;
 

@@ -19,13 +19,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint16_t kHalfMinusInfinity = 0xfc00;
 
-// What a query sees of a tile.
-enum Sight : uint8_t { kHidden, kClear, kMixed /* the bias says */ };
-
 void fill_tables(const Codebook& book, LevelTables& t) {
     t = {};
     for (int code = 0; code < (1 << book.bits); ++code) {
-        t.level[code] = static_cast<float>(book.value(book.bits == 8 ? static_cast<int8_t>(static_cast<uint8_t>(code)) : code));
+        t.level[code] =
+            static_cast<float>(book.value(book.bits == 8 ? static_cast<int8_t>(static_cast<uint8_t>(code)) : code));
         if (book.bits <= 4) {
             t.value[code] = book.value(code);
         }
@@ -39,8 +37,16 @@ void fill_tables(const Codebook& book, LevelTables& t) {
 class Task {
 public:
     Task(const Plan& plan, AttentionWorkspace::Impl& work, Scratch& s, int kv_head, int64_t first, int count, Sums sums)
-        : plan_(plan), call_(*plan.call), kernels_(*plan.kernels), work_(work), s_(s), kv_head_(kv_head), first_(first),
-          count_(count), sums_(sums), first_query_(first / plan.group),
+        : plan_(plan),
+          call_(*plan.call),
+          kernels_(*plan.kernels),
+          work_(work),
+          s_(s),
+          kv_head_(kv_head),
+          first_(first),
+          count_(count),
+          sums_(sums),
+          first_query_(first / plan.group),
           n_queries_(static_cast<int>((first + count - 1) / plan.group - first_query_ + 1)) {}
 
     void run(int64_t first_tile, int64_t end_tile) {
@@ -77,12 +83,12 @@ private:
     template <class Body>
     void for_seeing_runs(Body&& body) const {
         for (int i = 0; i < n_queries_;) {
-            if (s_.sight[i] == kHidden) {
+            if (s_.sight[i] == Sight::hidden) {
                 ++i;
                 continue;
             }
             const int begin = i;
-            while (i < n_queries_ && s_.sight[i] != kHidden) {
+            while (i < n_queries_ && s_.sight[i] != Sight::hidden) {
                 ++i;
             }
             const int first = first_entry_of(begin);
@@ -120,12 +126,14 @@ void Task::load_queries() {
     const Store::Impl& k = *plan_.k;
     const int d = plan_.key_size;
     const size_t head_offset = static_cast<size_t>(kv_head_) * static_cast<size_t>(d);
-    const float* mu = k.book != nullptr && !k.conditioning.mu.empty() ? k.conditioning.mu.data() + head_offset : nullptr;
+    const float* mu =
+        k.book != nullptr && !k.conditioning.mu.empty() ? k.conditioning.mu.data() + head_offset : nullptr;
     const float* lambda = k.conditioning.lambda.empty() ? nullptr : k.conditioning.lambda.data() + head_offset;
     for (int m = 0; m < count_; ++m) {
         const float* q = call_.q + (first_ + m) / plan_.group * call_.q_query_stride + head_of(m) * call_.q_head_stride;
         float* rotated = s_.query + static_cast<size_t>(m) * static_cast<size_t>(d);
-        float* plain = work_.exact_keys.empty() ? s_.vector : s_.plain_query + static_cast<size_t>(m) * static_cast<size_t>(d);
+        float* plain =
+            work_.exact_keys.empty() ? s_.vector : s_.plain_query + static_cast<size_t>(m) * static_cast<size_t>(d);
         for (int c = 0; c < d; ++c) {
             plain[c] = q[c] * plan_.query_factor;
         }
@@ -156,7 +164,7 @@ bool Task::look(int64_t tile) {
     bool any = false;
     for (int i = 0; i < n_queries_; ++i) {
         float* bias = s_.bias + i * kTileRows;
-        Sight sight = kClear;
+        Sight sight = Sight::clear;
         if (call_.mask != nullptr) {
             const uint16_t* mask = call_.mask + (first_query_ + i) * call_.mask_query_stride + row;
             unsigned zero = 1;
@@ -165,20 +173,20 @@ bool Task::look(int64_t tile) {
                 zero &= mask[r] == 0;
                 hidden &= mask[r] == kHalfMinusInfinity;
             }
-            sight = hidden != 0 ? kHidden : zero != 0 ? kClear : kMixed;
-            if (sight == kMixed) {
+            sight = hidden != 0 ? Sight::hidden : zero != 0 ? Sight::clear : Sight::mixed;
+            if (sight == Sight::mixed) {
                 kernels_.half_to_float(mask, bias, valid);
             }
         }
-        if (valid < kTileRows && sight != kHidden) {
-            if (sight == kClear) {
+        if (valid < kTileRows && sight != Sight::hidden) {
+            if (sight == Sight::clear) {
                 std::fill_n(bias, valid, 0.0f);
             }
             std::fill(bias + valid, bias + kTileRows, -kInfinity);
-            sight = kMixed;
+            sight = Sight::mixed;
         }
         s_.sight[i] = sight;
-        any |= sight != kHidden;
+        any |= sight != Sight::hidden;
     }
     return any;
 }
@@ -200,8 +208,9 @@ void Task::load_key_tile(const Store::Impl& store, const LevelTables& tables, in
         }
         return;
     }
-    const size_t first = (static_cast<size_t>(kv_head_) * static_cast<size_t>(store.n_tiles) + static_cast<size_t>(tile)) *
-                         kTileRows * static_cast<size_t>(d);
+    const size_t first =
+        (static_cast<size_t>(kv_head_) * static_cast<size_t>(store.n_tiles) + static_cast<size_t>(tile)) * kTileRows *
+        static_cast<size_t>(d);
     if (store.options.bits == 32) {
         kernels_.transpose(reinterpret_cast<const float*>(store.plain.data()) + first, kTileRows, d, d, out, kTileRows);
         return;
@@ -235,8 +244,8 @@ void Task::load_value_tile(int64_t tile) {
         for (const RotationBlock& block : v.rotation.blocks()) {
             if (block.offset < plan_.sum_size) {
                 load_scales(v, tile, b);
-                kernels_.expand_value(s_.bytes + block.offset, block.size, bytes_ld, work_.value_tables.level,
-                                      s_.scale, s_.value_tile + block.offset, ld);
+                kernels_.expand_value(s_.bytes + block.offset, block.size, bytes_ld, work_.value_tables.level, s_.scale,
+                                      s_.value_tile + block.offset, ld);
             }
             ++b;
         }
@@ -259,8 +268,8 @@ void Task::load_value_tile(int64_t tile) {
 void Task::mark_exact(const ExactRows& rows, int64_t tile, size_t begin, size_t end) {
     const int64_t first_row = tile * kTileRows;
     for (int i = 0; i < n_queries_; ++i) {
-        uint64_t bits = s_.sight[i] == kHidden ? 0 : rows.bits(begin, end, first_row, first_query_ + i);
-        if (s_.sight[i] == kMixed) {
+        uint64_t bits = s_.sight[i] == Sight::hidden ? 0 : rows.bits(begin, end, first_row, first_query_ + i);
+        if (s_.sight[i] == Sight::mixed) {
             for (size_t e = begin; e < end; ++e) {
                 const int r = static_cast<int>(rows[e].row - first_row);
                 if (s_.bias[i * kTileRows + r] == -kInfinity) {
@@ -312,17 +321,17 @@ void Task::score(int64_t tile) {
     if (plan_.int_keys) {
         for_seeing_runs([&](int first, int n) {
             for (int m = first; m < first + n; m += kMaxHeads) {
-                kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, tile), k.tile_scales(kv_head_, tile),
-                                    s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld,
-                                    s_.query_mul + m, s_.query_sum + m, std::min(kMaxHeads, first + n - m),
-                                    s_.scores + m * kTileRows);
+                kernels_.int_scores(
+                    k.tile, work_.key_tables, k.tile_codes(kv_head_, tile), k.tile_scales(kv_head_, tile),
+                    s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld, s_.query_mul + m,
+                    s_.query_sum + m, std::min(kMaxHeads, first + n - m), s_.scores + m * kTileRows);
             }
         });
     } else {
         load_key_tile(k, work_.key_tables, tile, s_.key_tile);
         for_seeing_runs([&](int first, int n) {
-            kernels_.gemm(s_.query + static_cast<int64_t>(first) * plan_.key_size, plan_.key_size, s_.key_tile, kTileRows,
-                          s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
+            kernels_.gemm(s_.query + static_cast<int64_t>(first) * plan_.key_size, plan_.key_size, s_.key_tile,
+                          kTileRows, s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
         });
     }
     const ExactRows& rows = work_.exact_keys;
@@ -342,8 +351,8 @@ bool Task::weigh() {
         const int i = query_of(m);
         bool live = false;
         sums_.row[m].rescale = 1;
-        if (s_.sight[i] != kHidden) {
-            const float* bias = s_.sight[i] == kMixed ? s_.bias + i * kTileRows : nullptr;
+        if (s_.sight[i] != Sight::hidden) {
+            const float* bias = s_.sight[i] == Sight::mixed ? s_.bias + i * kTileRows : nullptr;
             constexpr float kLog2E = 1.44269504088896340736f;
             const float slope = alibi_slope(head_of(m), call_.n_heads, call_.max_bias) * kLog2E;
             live = kernels_.softmax(s_.scores + m * kTileRows, s_.query_mean[m], plan_.softcap_factor, bias, slope,

@@ -12,8 +12,8 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
     if (s.n_slots == 0) {
         return {};
     }
-    if (staging != nullptr && (staging->owner != &store || staging->batch_begin >= staging->size() ||
-                               staging->age.back() != s.clock)) {
+    if (staging != nullptr &&
+        (staging->owner != &store || staging->batch_begin >= staging->size() || staging->age.back() != s.clock)) {
         staging = nullptr;
     }
     if (staging != nullptr) {
@@ -32,7 +32,9 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
         oldest = *low;
         newest = *high;
     }
-    const auto some_query_wants = [&](uint64_t age) { return age <= newest && (age >= oldest || oldest - age < window_); };
+    const auto some_query_wants = [&](uint64_t age) {
+        return age <= newest && (age >= oldest || oldest - age < window_);
+    };
 
     for (int slot = 0; slot < s.n_slots; ++slot) {
         const int64_t row = s.slot_row[static_cast<size_t>(slot)];
@@ -66,9 +68,9 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
         }
         return a.age != b.age ? a.age > b.age : in_slot(a) && !in_slot(b);
     });
-    rows_.erase(std::unique(rows_.begin(), rows_.end(),
-                            [](const ExactRow& a, const ExactRow& b) { return a.row == b.row; }),
-                rows_.end());
+    rows_.erase(
+        std::unique(rows_.begin(), rows_.end(), [](const ExactRow& a, const ExactRow& b) { return a.row == b.row; }),
+        rows_.end());
     if (query_ages_ != nullptr) {
         std::erase_if(rows_, [&](const ExactRow& r) { return !r.always && !some_query_wants(r.age); });
     }

@@ -28,9 +28,7 @@ public:
     const ExactRow& operator[](size_t i) const { return rows_[i]; }
     size_t first_at_or_after(int64_t row) const; // index of an entry, size() if there is none
 
-    bool exact_for(const ExactRow& r, int64_t query) const {
-        return r.always || in_window(r.age, query_ages_[query]);
-    }
+    bool exact_for(const ExactRow& r, int64_t query) const { return r.always || in_window(r.age, query_ages_[query]); }
     // Bit r: row first_row + r is exact for the query. Entries [begin, end) lie in that tile.
     uint64_t bits(size_t begin, size_t end, int64_t first_row, int64_t query) const;
 

@@ -316,8 +316,8 @@ bool softmax(float* s, float add, float softcap, const float* bias, float bias_s
         x[v] = load(s + v * kWidth) + add;
     }
     if (softcap > 0) {
-        for (int v = 0; v < kVectors; ++v) {
-            x[v] = tanh_vector(x[v]) * softcap;
+        for (Vf& v : x) {
+            v = tanh_vector(v) * softcap;
         }
     }
     if (bias != nullptr) {

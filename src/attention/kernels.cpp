@@ -13,7 +13,7 @@ bool has_dot_product() {
 #if defined(__linux__)
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #elif defined(__APPLE__)
-    return true; // every Apple processor that runs 64-bit macOS has it
+    return true;                                // every Apple processor that runs 64-bit macOS has it
 #else
     return false;
 #endif

@@ -27,7 +27,7 @@ inline constexpr int kMaxHeads = 8;
 
 // Levels of a codebook in the forms that kernels look up.
 struct LevelTables {
-    float level[256] = {};        // by stored code
+    float level[256] = {};                 // by stored code
     alignas(64) int8_t magnitude[32] = {}; // by the magnitude bits of a sign-magnitude code
     alignas(64) int8_t value[16] = {};     // by stored code, for up to 4 bits
 };

@@ -41,7 +41,7 @@ struct Decoder;
 template <>
 struct Decoder<2> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 4, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 4, kRatio = 1;
     template <int F>
     __m256i get(__m256i low, __m256i) const {
         const __m256i index = F == 0 ? low : _mm256_srli_epi32(low, 2 * F);
@@ -57,15 +57,15 @@ struct Decoder<3> : SmallDecoder {
     __m256i get(__m256i low, __m256i high) const {
         const __m256i magnitude = F == 0 ? low : _mm256_srli_epi32(low, 2 * F);
         const __m256i sign = F < 2 ? _mm256_slli_epi32(high, 2 - F) : F == 2 ? high : _mm256_srli_epi32(high, F - 2);
-        return _mm256_shuffle_epi8(table, _mm256_or_si256(_mm256_and_si256(magnitude, bytes(3)),
-                                                          _mm256_and_si256(sign, bytes(4))));
+        return _mm256_shuffle_epi8(
+            table, _mm256_or_si256(_mm256_and_si256(magnitude, bytes(3)), _mm256_and_si256(sign, bytes(4))));
     }
 };
 
 template <>
 struct Decoder<4> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 2, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 2, kRatio = 1;
     template <int F>
     __m256i get(__m256i low, __m256i) const {
         const __m256i index = F == 0 ? low : _mm256_srli_epi32(low, 4);
@@ -108,7 +108,7 @@ struct Decoder<6> {
 
 template <>
 struct Decoder<8> {
-    static constexpr int kFields = 1, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 1, kRatio = 1;
     explicit Decoder(const LevelTables&) {}
     template <int F>
     __m256i get(__m256i low, __m256i) const {
@@ -129,8 +129,8 @@ inline __m256i high_half(const uint8_t* lines, int group, int stride) {
 
 // acc[half][head] += codes * words of one field, for both halves of a line.
 template <class D, int Heads, int Parts, int F>
-inline void dot_fields(const D& decoder, const __m256i (&low)[Parts], const __m256i (&high)[Parts], const IntWord* words,
-                       int stride, __m256i (&acc)[Parts][Heads]) {
+inline void dot_fields(const D& decoder, const __m256i (&low)[Parts], const __m256i (&high)[Parts],
+                       const IntWord* words, int stride, __m256i (&acc)[Parts][Heads]) {
     __m256i even[Parts];
     __m256i odd[Parts];
     for (int j = 0; j < Parts; ++j) {
@@ -142,8 +142,8 @@ inline void dot_fields(const D& decoder, const __m256i (&low)[Parts], const __m2
         const __m256i first = _mm256_set1_epi32(words[h * stride + F].term[0]);
         const __m256i second = _mm256_set1_epi32(words[h * stride + F].term[1]);
         for (int j = 0; j < Parts; ++j) {
-            acc[j][h] = _mm256_add_epi32(acc[j][h], _mm256_add_epi32(_mm256_madd_epi16(even[j], first),
-                                                                     _mm256_madd_epi16(odd[j], second)));
+            acc[j][h] = _mm256_add_epi32(
+                acc[j][h], _mm256_add_epi32(_mm256_madd_epi16(even[j], first), _mm256_madd_epi16(odd[j], second)));
         }
     }
     if constexpr (F + 1 < D::kFields) {
@@ -189,10 +189,11 @@ void scores(const TileLayout& tile, const LevelTables& tables, const uint8_t* co
                 const int row = line * 16 + (part + j) * 8;
                 const __m256 scale = _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(scales + row)));
                 for (int h = 0; h < Heads; ++h) {
-                    const __m256i v = _mm256_sub_epi32(acc[j][h], _mm256_set1_epi32(static_cast<int32_t>(
-                                                                      static_cast<uint32_t>(sum[h]) * 128U)));
-                    _mm256_storeu_ps(s + h * kTileRows + row,
-                                     _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_mul_ps(scale, _mm256_set1_ps(mul[h]))));
+                    const __m256i v = _mm256_sub_epi32(
+                        acc[j][h], _mm256_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(sum[h]) * 128U)));
+                    _mm256_storeu_ps(
+                        s + h * kTileRows + row,
+                        _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_mul_ps(scale, _mm256_set1_ps(mul[h]))));
                 }
             }
         }

@@ -6,6 +6,10 @@
 //   values  lane = channel, codes as s8, weights = 256 hi + lo in u8
 #include "attention/kernels.h"
 
+#if defined(__GNUC__) && !defined(__clang__) // GCC 12 warns of its own header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 namespace turboquant::attention {
@@ -40,7 +44,7 @@ struct Decoder;
 template <>
 struct Decoder<2> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 4, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 4, kRatio = 1;
     template <int F>
     __m512i get(__m512i low, __m512i) const {
         const __m512i index = F == 0 ? low : _mm512_srli_epi32(low, 2 * F);
@@ -57,7 +61,8 @@ struct Decoder<3> : SmallDecoder {
         const __m512i three = _mm512_set1_epi8(3);
         const __m512i magnitude = F == 0 ? low : _mm512_srli_epi32(low, 2 * F);
         const __m512i sign = F < 2 ? _mm512_slli_epi32(high, 2 - F) : F == 2 ? high : _mm512_srli_epi32(high, F - 2);
-        const __m512i index = _mm512_ternarylogic_epi32(three, magnitude, sign, 0xca); // bitwise three ? magnitude : sign
+        const __m512i index =
+            _mm512_ternarylogic_epi32(three, magnitude, sign, 0xca); // bitwise three ? magnitude : sign
         return _mm512_shuffle_epi8(table, _mm512_and_si512(index, _mm512_set1_epi8(7)));
     }
 };
@@ -65,7 +70,7 @@ struct Decoder<3> : SmallDecoder {
 template <>
 struct Decoder<4> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 2, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 2, kRatio = 1;
     template <int F>
     __m512i get(__m512i low, __m512i) const {
         const __m512i index = F == 0 ? low : _mm512_srli_epi32(low, 4);
@@ -95,7 +100,9 @@ template <>
 struct Decoder<6> {
     static constexpr int kFields = 2, kRatio = 2, kHighWidth = 2;
     Decoder(const LevelTables& t, int o)
-        : first(spread(t.magnitude)), second(spread(t.magnitude + 16)), offset(_mm512_set1_epi8(static_cast<char>(o))) {}
+        : first(spread(t.magnitude)),
+          second(spread(t.magnitude + 16)),
+          offset(_mm512_set1_epi8(static_cast<char>(o))) {}
     template <int F>
     __m512i get(__m512i low, __m512i high) const {
         const __m512i index = _mm512_and_si512(F == 0 ? low : _mm512_srli_epi32(low, 4), _mm512_set1_epi8(15));
@@ -111,7 +118,7 @@ struct Decoder<6> {
 
 template <>
 struct Decoder<8> {
-    static constexpr int kFields = 1, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 1, kRatio = 1;
     Decoder(const LevelTables&, int o) : offset(_mm512_set1_epi8(static_cast<char>(o))) {}
     template <int F>
     __m512i get(__m512i low, __m512i) const {
@@ -183,8 +190,9 @@ void scores(const TileLayout& tile, const LevelTables& tables, const uint8_t* co
                 for (int h = 0; h < Heads; ++h) {
                     __m512i v = _mm512_add_epi32(_mm512_slli_epi32(acc[j][h][0], 8), acc[j][h][1]);
                     v = _mm512_sub_epi32(v, _mm512_set1_epi32(sum[h] * 128));
-                    _mm512_storeu_ps(s + h * kTileRows + row,
-                                     _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_mul_ps(scale, _mm512_set1_ps(mul[h]))));
+                    _mm512_storeu_ps(
+                        s + h * kTileRows + row,
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_mul_ps(scale, _mm512_set1_ps(mul[h]))));
                 }
             }
         }
@@ -257,8 +265,8 @@ void values(const TileLayout& tile, const LevelTables& tables, const uint8_t* co
                                              acc + c * 16, acc_stride);
     }
     if (c < columns) {
-        value_columns<Bits, Heads, 1>(decoder, low + c * kLowBytes, high + c * kHighBytes, w, mul, rescale, acc + c * 16,
-                                      acc_stride);
+        value_columns<Bits, Heads, 1>(decoder, low + c * kLowBytes, high + c * kHighBytes, w, mul, rescale,
+                                      acc + c * 16, acc_stride);
     }
 }
 

@@ -11,8 +11,8 @@ namespace turboquant::attention {
 namespace {
 #include "attention/float_kernels.inl"
 
-constexpr int kQuarters = 4;     // vectors a line
-constexpr int kLargest = 32639;  // 127 * 256 + 127
+constexpr int kQuarters = 4;    // vectors a line
+constexpr int kLargest = 32639; // 127 * 256 + 127
 
 // ---- codes to bytes --------------------------------------------------------------------------------------------------
 // A line of the first plane holds kFields times four vectors of 4 lanes x 4 codes. Of the second plane, one line serves
@@ -46,7 +46,7 @@ struct Decoder;
 template <>
 struct Decoder<2> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 4, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 4, kRatio = 1;
     template <int F>
     int8x16_t get(uint8x16_t low, uint8x16_t) const {
         return vqtbl1q_s8(table, field<F, 2>(low));
@@ -66,7 +66,7 @@ struct Decoder<3> : SmallDecoder {
 template <>
 struct Decoder<4> : SmallDecoder {
     using SmallDecoder::SmallDecoder;
-    static constexpr int kFields = 2, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 2, kRatio = 1;
     template <int F>
     int8x16_t get(uint8x16_t low, uint8x16_t) const {
         return vqtbl1q_s8(table, field<F, 4>(low));
@@ -100,7 +100,7 @@ struct Decoder<6> {
 
 template <>
 struct Decoder<8> {
-    static constexpr int kFields = 1, kRatio = 1, kHighWidth = 0;
+    static constexpr int kFields = 1, kRatio = 1;
     explicit Decoder(const LevelTables&) {}
     template <int F>
     int8x16_t get(uint8x16_t low, uint8x16_t) const {
@@ -163,7 +163,9 @@ inline void dot_lines(const D& decoder, const uint8_t* low, const uint8_t* high,
 
 // As many parts of a line at once as the registers hold sums for.
 template <int Heads>
-constexpr int kParts = Heads <= 2 ? 4 : Heads <= 4 ? 2 : 1;
+constexpr int kParts = Heads <= 2   ? 4
+                       : Heads <= 4 ? 2
+                                    : 1;
 
 inline float32x4_t load_halves(const uint16_t* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));

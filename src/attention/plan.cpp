@@ -29,8 +29,9 @@ float alibi_slope(int head, int n_heads, float max_bias) {
         return 1;
     }
     const int ladder = static_cast<int>(std::bit_floor(static_cast<unsigned>(n_heads)));
-    const float exponent = head < ladder ? max_bias / static_cast<float>(ladder) * static_cast<float>(head + 1)
-                                         : max_bias / 2 / static_cast<float>(ladder) * static_cast<float>(2 * (head - ladder) + 1);
+    const float exponent =
+        head < ladder ? max_bias / static_cast<float>(ladder) * static_cast<float>(head + 1)
+                      : max_bias / 2 / static_cast<float>(ladder) * static_cast<float>(2 * (head - ladder) + 1);
     return std::exp2(-exponent);
 }
 

@@ -20,19 +20,19 @@ struct Plan {
     const Store::Impl* v = nullptr;
     const AttentionCall* call = nullptr;
 
-    int group = 0;          // query heads a KV head
-    int64_t entries = 0;    // n_queries * group
-    int chunk = 0;          // entries a task
+    int group = 0;       // query heads a KV head
+    int64_t entries = 0; // n_queries * group
+    int chunk = 0;       // entries a task
     int64_t n_chunks = 0;
     int64_t n_tiles = 0;
-    int64_t n_splits = 0;   // tile ranges
+    int64_t n_splits = 0; // tile ranges
     int64_t split_tiles = 0;
 
     int key_size = 0;
-    int value_size = 0;     // channels given out
-    int sum_size = 0;       // channels summed: value_size, or up to its rotation block's end
-    int value_ld = 0;       // sum_size rounded up to 16
-    bool int_keys = false;  // integer kernels serve the side
+    int value_size = 0;    // channels given out
+    int sum_size = 0;      // channels summed: value_size, or up to its rotation block's end
+    int value_ld = 0;      // sum_size rounded up to 16
+    bool int_keys = false; // integer kernels serve the side
     bool int_values = false;
     bool keyed_values = false; // v is a key store (MLA)
     bool shared_tile = false;  // the key tile unpacked for the scores serves the values

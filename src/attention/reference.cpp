@@ -19,9 +19,11 @@ std::vector<double> decode_row(const Store::Impl& s, int kv_head, int64_t row) {
     const int r = static_cast<int>(row % kTileRows);
     if (s.book == nullptr) {
         for (int c = 0; c < d; ++c) {
-            const size_t at = (tile * kTileRows + static_cast<size_t>(r)) * static_cast<size_t>(d) + static_cast<size_t>(c);
-            x[static_cast<size_t>(c)] = s.options.bits == 32 ? reinterpret_cast<const float*>(s.plain.data())[at]
-                                                             : from_half(reinterpret_cast<const uint16_t*>(s.plain.data())[at]);
+            const size_t at =
+                (tile * kTileRows + static_cast<size_t>(r)) * static_cast<size_t>(d) + static_cast<size_t>(c);
+            x[static_cast<size_t>(c)] = s.options.bits == 32
+                                            ? reinterpret_cast<const float*>(s.plain.data())[at]
+                                            : from_half(reinterpret_cast<const uint16_t*>(s.plain.data())[at]);
         }
         return x;
     }
@@ -43,10 +45,10 @@ std::vector<double> decode_row(const Store::Impl& s, int kv_head, int64_t row) {
     }
     s.rotation.inverse(y.data(), y.data());
     for (int c = 0; c < d; ++c) {
-        const size_t i = static_cast<size_t>(kv_head * d + c);
-        x[static_cast<size_t>(c)] =
-            static_cast<double>(y[static_cast<size_t>(c)]) / (s.conditioning.lambda.empty() ? 1.0f : s.conditioning.lambda[i]) +
-            (s.conditioning.mu.empty() ? 0.0f : s.conditioning.mu[i]);
+        const size_t i = static_cast<size_t>(kv_head) * static_cast<size_t>(d) + static_cast<size_t>(c);
+        x[static_cast<size_t>(c)] = static_cast<double>(y[static_cast<size_t>(c)]) /
+                                        (s.conditioning.lambda.empty() ? 1.0f : s.conditioning.lambda[i]) +
+                                    (s.conditioning.mu.empty() ? 0.0f : s.conditioning.mu[i]);
     }
     return x;
 }
@@ -107,7 +109,8 @@ Status check_staging(const Store& store, const Staging* staging, const Attention
 }
 
 // One query head over all rows; keys and values as this query sees them.
-void attend_one(const Rows& keys, const Rows& values, const AttentionCall& call, int64_t query, int head, int value_size) {
+void attend_one(const Rows& keys, const Rows& values, const AttentionCall& call, int64_t query, int head,
+                int value_size) {
     const float* q = call.q + query * call.q_query_stride + head * call.q_head_stride;
     float* out = call.out + query * call.out_query_stride + head * call.out_head_stride;
     const double infinity = std::numeric_limits<double>::infinity();

@@ -25,7 +25,7 @@ public:
     void reserve(size_t bytes) {
         if (bytes > size_) {
             release();
-            data_ = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64}));
+            data_ = static_cast<std::byte*>(::operator new (bytes, std::align_val_t{64}));
             size_ = bytes;
         }
     }
@@ -34,7 +34,7 @@ public:
 private:
     void release() {
         if (data_ != nullptr) {
-            ::operator delete(data_, std::align_val_t{64});
+            ::operator delete (data_, std::align_val_t{64});
         }
         data_ = nullptr;
         size_ = 0;
@@ -71,31 +71,38 @@ struct Sums {
     }
 };
 
+// What a query sees of a tile.
+enum class Sight : uint8_t {
+    hidden,
+    clear,
+    mixed, // the bias says
+};
+
 // One worker's arrays. m counts a task's entries.
 struct Scratch {
-    float* query = nullptr;         // [m][key_size] rotated, query_factor folded in
-    float* plain_query = nullptr;   // [m][key_size] the same not rotated, for exact rows
-    float* query_mean = nullptr;    // [m] <q, mu>
-    IntWord* query_words = nullptr; // [m][query_words_ld]
-    float* query_mul = nullptr;     // [m]
-    int32_t* query_sum = nullptr;   // [m]
-    float* scores = nullptr;        // [m][64] scores, then probabilities
-    uint8_t* live = nullptr;        // [m] has probabilities in this tile
-    IntWord* weight_words = nullptr; // [m][16]
-    float* weight_mul = nullptr;    // [m]
-    int32_t* weight_sum = nullptr;  // [m]
-    float* rescale = nullptr;       // [m]
-    float* bias = nullptr;          // [query][64] the mask
-    uint8_t* sight = nullptr;       // [query] Sight
-    uint64_t* exact_bits = nullptr; // [query]
-    uint8_t* bytes = nullptr;       // a tile's codes
-    float* scale = nullptr;         // [64]
-    float* key_tile = nullptr;      // [key_size][64]
+    float* query = nullptr;            // [m][key_size] rotated, query_factor folded in
+    float* plain_query = nullptr;      // [m][key_size] the same not rotated, for exact rows
+    float* query_mean = nullptr;       // [m] <q, mu>
+    IntWord* query_words = nullptr;    // [m][query_words_ld]
+    float* query_mul = nullptr;        // [m]
+    int32_t* query_sum = nullptr;      // [m]
+    float* scores = nullptr;           // [m][64] scores, then probabilities
+    uint8_t* live = nullptr;           // [m] has probabilities in this tile
+    IntWord* weight_words = nullptr;   // [m][16]
+    float* weight_mul = nullptr;       // [m]
+    int32_t* weight_sum = nullptr;     // [m]
+    float* rescale = nullptr;          // [m]
+    float* bias = nullptr;             // [query][64] the mask
+    Sight* sight = nullptr;            // [query]
+    uint64_t* exact_bits = nullptr;    // [query]
+    uint8_t* bytes = nullptr;          // a tile's codes
+    float* scale = nullptr;            // [64]
+    float* key_tile = nullptr;         // [key_size][64]
     float* keyed_value_tile = nullptr; // [v head size][64] of a key store that serves as values
-    float* value_tile = nullptr;    // [64][value_ld]
-    float* exact_tile = nullptr;    // [exact row of the tile][channel]
-    float* vector = nullptr;        // 2 * max(key_size, v head size): one vector on its way through a rotation
-    Sums sums;                      // used where a task covers all tiles
+    float* value_tile = nullptr;       // [64][value_ld]
+    float* exact_tile = nullptr;       // [exact row of the tile][channel]
+    float* vector = nullptr;           // 2 * max(key_size, v head size): one vector on its way through a rotation
+    Sums sums;                         // used where a task covers all tiles
 
     int query_words_ld = 0;
 
@@ -137,15 +144,15 @@ struct Scratch {
 namespace turboquant {
 
 struct AttentionWorkspace::Impl {
+    attention::LevelTables key_tables;
+    attention::LevelTables value_tables;
     std::vector<attention::Arena> arenas;      // one a worker
     std::vector<attention::Scratch> scratches; // one a worker
     attention::Arena partial_arena;
     std::vector<attention::Sums> partials; // [kv_head][split], each of all entries
     attention::ExactRows exact_keys;
     attention::ExactRows exact_values;
-    attention::LevelTables key_tables;
-    attention::LevelTables value_tables;
-    int key_bits = 0;   // that the tables are for
+    int key_bits = 0; // that the tables are for
     int value_bits = 0;
 };
 

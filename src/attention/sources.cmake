@@ -18,9 +18,8 @@ if(TURBOQUANT_COMPILER_AVX2)
 endif()
 if(TURBOQUANT_COMPILER_AVX2 AND TURBOQUANT_COMPILER_AVX512)
     target_sources(turboquant PRIVATE attention/kernels_avx512.cpp)
-    # GCC 12 warns of its own AVX-512 header (GCC bug 105593).
     set_source_files_properties(attention/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
-        "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512;-Wno-uninitialized;-Wno-maybe-uninitialized")
+        "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512")
 endif()
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
     include(CheckCXXCompilerFlag)

@@ -71,8 +71,9 @@ Status copy_struct(const T* in, const char* name, T& out) {
         return invalid(std::string(name) + ": null pointer");
     }
     if (in->struct_size < sizeof(size_t) || in->struct_size > sizeof(T)) {
-        return invalid(std::string(name) + ": struct_size " + std::to_string(in->struct_size) + " where this library has " +
-                       std::to_string(sizeof(T)) + "; zero the struct and set struct_size to its sizeof");
+        return invalid(std::string(name) + ": struct_size " + std::to_string(in->struct_size) +
+                       " where this library has " + std::to_string(sizeof(T)) +
+                       "; zero the struct and set struct_size to its sizeof");
     }
     out = {};
     std::memcpy(&out, in, in->struct_size);
@@ -86,7 +87,7 @@ struct Options {
 };
 
 Status read_options(const tq_store_options* in, bool with_conditioning, Options& out) {
-    tq_store_options o;
+    tq_store_options o{};
     if (Status s = copy_struct(in, "tq_store_options", o); !s.ok()) {
         return s;
     }
@@ -238,7 +239,7 @@ tq_status tq_attend(const tq_store* keys, const tq_store* values, const tq_atten
         if (keys == nullptr || values == nullptr || workspace == nullptr) {
             return null_argument("tq_attend", keys == nullptr ? "keys" : values == nullptr ? "values" : "workspace");
         }
-        tq_attention c;
+        tq_attention c{};
         if (Status s = copy_struct(call, "tq_attention", c); !s.ok()) {
             return s;
         }
