@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -150,7 +151,10 @@ def _install() -> None:
 
     @functools.wraps(llama_init)
     def wrapped_llama(self: Any, *args: Any, **kwargs: Any) -> None:
-        llama_init(self, *args, **(_arguments(kwargs) if _State.enabled and not kwargs.get("vocab_only") else kwargs))
+        if _State.enabled and not kwargs.get("vocab_only"):
+            self._stack = contextlib.ExitStack()  # what Llama.__del__ closes, should the arguments be refused
+            kwargs = _arguments(kwargs)
+        llama_init(self, *args, **kwargs)
 
     @functools.wraps(model_init)
     def wrapped_model(self: Any, *args: Any, **kwargs: Any) -> None:

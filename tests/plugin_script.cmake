@@ -1,0 +1,11 @@
+# cmake -DSCRIPT=x.py -P plugin_script.cmake: runs a test script with the Python that TQ_TEST_PYTHON names at test time.
+if(NOT DEFINED ENV{TQ_TEST_PYTHON})
+    message("SKIPPED: TQ_TEST_PYTHON is not set")
+    return()
+endif()
+execute_process(COMMAND "$ENV{TQ_TEST_PYTHON}" "${SCRIPT}" RESULT_VARIABLE status)
+if(status EQUAL 77)
+    message("SKIPPED: see above")
+elseif(NOT status EQUAL 0)
+    message(FATAL_ERROR "${SCRIPT}: exit status ${status}")
+endif()
