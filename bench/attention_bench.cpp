@@ -170,7 +170,7 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
     call.scale = 1 / std::sqrt(static_cast<float>(shape.head_size));
     AttentionWorkspace workspace;
     Pool pool(workers);
-    for (auto _ : state) {
+    for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores): Google Benchmark's way
         check(attend(*stores.k, *stores.v, call, workspace, pool.parallel(), isa));
         benchmark::ClobberMemory();
     }
@@ -187,12 +187,13 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
 }
 
 void add(const std::string& name, const Shape& shape, Isa isa, int workers) {
-    benchmark::RegisterBenchmark((name + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
+    benchmark::RegisterBenchmark( // NOLINT(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it(name + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
                                   "/group" + std::to_string(shape.heads / kKvHeads) + "/" +
                                   std::to_string(shape.key_bits) + "-" + std::to_string(shape.value_bits) + "/rows" +
                                   std::to_string(shape.rows) + "/threads" + std::to_string(workers))
                                      .c_str(),
-                                 [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); })
+                                 [shape, isa, workers](benchmark::State& state) {
+        run(state, shape, isa, workers); })
         ->UseRealTime()
         ->Unit(benchmark::kMicrosecond);
 }

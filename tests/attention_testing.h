@@ -71,6 +71,7 @@ private:
         const int n = static_cast<Threads*>(context)->n_;
         std::atomic<int64_t> next{0};
         std::vector<std::thread> threads;
+        threads.reserve(static_cast<size_t>(n));
         for (int w = 0; w < n; ++w) {
             threads.emplace_back([&, w] {
                 for (int64_t i = next++; i < n_tasks; i = next++) {
