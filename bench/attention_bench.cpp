@@ -186,16 +186,14 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
     }
 }
 
-void add(const std::string& name, const Shape& shape, Isa isa, int workers) {
-    benchmark::RegisterBenchmark( // NOLINT(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it(name + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
-                                  "/group" + std::to_string(shape.heads / kKvHeads) + "/" +
-                                  std::to_string(shape.key_bits) + "-" + std::to_string(shape.value_bits) + "/rows" +
-                                  std::to_string(shape.rows) + "/threads" + std::to_string(workers))
-                                     .c_str(),
-                                 [shape, isa, workers](benchmark::State& state) {
-        run(state, shape, isa, workers); })
-        ->UseRealTime()
-        ->Unit(benchmark::kMicrosecond);
+void add(const std::string& kind, const Shape& shape, Isa isa, int workers) {
+    const std::string name = kind + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
+                             "/group" + std::to_string(shape.heads / kKvHeads) + "/" + std::to_string(shape.key_bits) +
+                             "-" + std::to_string(shape.value_bits) + "/rows" + std::to_string(shape.rows) +
+                             "/threads" + std::to_string(workers);
+    const auto body = [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); };
+    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
+    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
 }
 
 } // namespace
