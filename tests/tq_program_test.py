@@ -21,8 +21,8 @@ import unittest
 TQ = ""
 MODEL = os.environ.get("TQ_TEST_SMOLLM2", "")
 GEMMA = os.environ.get("TQ_TEST_GEMMA", "")
-# Short answers: the tests are about the program, and processors of test machines are slow.
-LIKELIEST = ["--temp", "0"]
+# Short answers and one thread each: the tests are about the program, and other tests run beside them.
+LIKELIEST = ["--temp", "0", "--threads", "1"]
 
 
 def environment(**changes):
@@ -183,13 +183,13 @@ class Run(Case):
         self.assertEqual(by_flag["stats"]["prompt_tokens"], by_pipe["stats"]["prompt_tokens"])
 
     def test_bytes_are_those_of_the_plan(self):
-        question = ["-n", 10, "--ctx", 2048, "-p", "What is the capital of France?"]
+        question = ["-n", 10, "--ctx", 2048, "-p", "My cat is called Whiskers. What is my cat called?"]
         f16 = self.answer("--no-turboquant", *question)
         tq4 = self.answer(*question)
         plain = self.answer("--kv", "4/4", "--window", 0, "--sinks", 0, *question)
         pass_through = self.answer("--kv", "16/16", *question)
-        self.assertIn("Paris", f16["answer"])
-        self.assertIn("Paris", tq4["answer"])
+        self.assertIn("Whiskers", f16["answer"])
+        self.assertIn("Whiskers", tq4["answer"])
         self.assertEqual(pass_through["answer"], f16["answer"])
         f16_bytes = f16["stats"]["kv_bytes"]
         plan = json.loads(self.succeeds("info", MODEL, "--ctx", 2048, "--json").out)
@@ -215,7 +215,7 @@ class Run(Case):
 
     def test_seed(self):
         def with_seed(seed):
-            return json.loads(self.succeeds("run", "--json", "--temp", 1.5, "--top-p", 1, "--min-p", 0, "--top-k", 0,
+            return json.loads(self.succeeds("run", "--json", "--threads", 1, "--temp", 1.5, "--top-p", 1, "--min-p", 0, "--top-k", 0,
                                             "--seed", seed, "-n", 12, "--ctx", 256, "-p", "Tell me something.").out)
         first = with_seed(7)
         self.assertEqual(first["seed"], 7)
@@ -392,13 +392,14 @@ class Terminal(Case):
         if self.child == 0:
             os.execve(TQ, [TQ, "chat", *LIKELIEST, "--ctx", "2048", *arguments],
                       environment(XDG_STATE_HOME=os.path.join(WORK, "state"), NO_COLOR="1"))
+        self.addCleanup(os.close, self.fd)
         self.addCleanup(self.stop)
 
     def stop(self):
         if self.child:
             os.kill(self.child, signal.SIGKILL)
             os.waitpid(self.child, 0)
-        os.close(self.fd)
+            self.child = 0
 
     def until(self, pattern, seconds=150):
         end = time.monotonic() + seconds
@@ -485,10 +486,13 @@ class Info(Case):
             expected = values * bits / 8 + exact * (rows[name]["window"] + rows[name]["sinks"])
             self.assertAlmostEqual(rows[name]["kv_bytes"] / expected, 1, delta=0.03, msg=name)
             self.assertGreater(rows[name]["largest_context"], rows["f16"]["largest_context"])
-        for row in rows.values():
-            self.assertEqual(row["largest_context"] % 256, 0)
-            room = plan["free_bytes"] - plan["weight_bytes"]
-            self.assertLess(row["largest_context"] * row["kv_bytes"] / 4096, room)
+        room = plan["free_bytes"] - plan["weight_bytes"]
+        for name, bits in [("f16", 16), ("q8_0", 8.5), ("tq4", 4.25)]:
+            longest = rows[name]["largest_context"]
+            self.assertEqual(longest % 256, 0)
+            self.assertLess(longest * values / 4096 * bits / 8, room)
+            # What is left is libllama's compute buffer, which grows with the context too.
+            self.assertGreater(longest * (values / 4096 * bits / 8 + 4096), room * 0.9)
 
     def test_text(self):
         out = self.succeeds("info", "--kv", "2/2").out
@@ -514,8 +518,8 @@ class Info(Case):
 
 class Demo(Case):
     def test_both_caches_answer(self):
-        done = self.succeeds("demo", "-n", 12)
-        self.assertEqual(done.out.count("Captain"), 2, done.out)
+        done = self.succeeds("demo", "-n", 24, "--threads", 1)
+        self.assertEqual(done.out.count("1862"), 2, done.out)
         f16 = re.search(r"(?m)^f16 +([\d.]+) MiB +1\.00x +[\d.]+ +[\d.]+$", done.out)
         small = re.search(r"(?m)^tq4 +([\d.]+) MiB +([\d.]+)x +[\d.]+ +[\d.]+$", done.out)
         self.assertTrue(f16 and small, done.out)

@@ -1,13 +1,16 @@
 #include "line_editor.h"
 
 #include "options.h"
+#include "terminal.h"
 
 #include <cerrno>
 #include <clocale>
 #include <cstdio>
+#include <cwchar>
 #include <filesystem>
 #include <iostream>
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <histedit.h>
@@ -26,6 +29,36 @@ struct LineEditor::Impl {
         void* self = nullptr;
         el_get(editor, EL_CLIENTDATA, &self);
         return static_cast<Impl*>(self)->prompt.data();
+    }
+
+    // One character. libedit's own way to read would miss a Ctrl-C that comes just before it waits.
+    static int read_character(EditLine* /*editor*/, wchar_t* character) {
+        std::mbstate_t state{};
+        for (;;) {
+            pollfd files[2] = {{STDIN_FILENO, POLLIN, 0}, {interrupt_fd(), POLLIN, 0}};
+            const int ready = poll(files, 2, -1);
+            if (ready < 0) {
+                if (errno == EINTR) {
+                    continue; // Ctrl-C has made the pipe readable by now; other signals are none of ours
+                }
+                return -1;
+            }
+            if (files[1].revents != 0) {
+                errno = EINTR;
+                return -1;
+            }
+            char byte = 0;
+            const ssize_t n = ::read(STDIN_FILENO, &byte, 1);
+            if (n <= 0) {
+                return static_cast<int>(n);
+            }
+            const size_t length = std::mbrtowc(character, &byte, 1, &state);
+            if (length == static_cast<size_t>(-1)) {
+                state = {}; // no character of this encoding: skip the byte
+            } else if (length != static_cast<size_t>(-2)) {
+                return 1;
+            }
+        }
     }
 };
 
@@ -55,6 +88,7 @@ LineEditor::LineEditor(const std::string& history_file) : impl_(std::make_unique
     el_set(impl_->editor, EL_PROMPT, &Impl::show_prompt);
     el_set(impl_->editor, EL_EDITOR, "emacs");
     el_set(impl_->editor, EL_HIST, ::history, impl_->history);
+    el_set(impl_->editor, EL_GETCFN, &Impl::read_character);
     el_source(impl_->editor, nullptr);
 }
 

@@ -1,11 +1,13 @@
 #include "terminal.h"
 
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
@@ -16,11 +18,17 @@ namespace {
 std::atomic<bool> interrupted{false};
 static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler writes it");
 
+int wake_pipe[2] = {-1, -1};
+
 void on_interrupt(int signal) {
+    const int saved_errno = errno;
     if (interrupted.exchange(true)) {
         std::signal(signal, SIG_DFL);
         std::raise(signal);
     }
+    const char byte = 0;
+    [[maybe_unused]] const ssize_t written = write(wake_pipe[1], &byte, 1);
+    errno = saved_errno;
 }
 
 std::string styled(const char* code, const std::string& text) {
@@ -81,6 +89,9 @@ llm::Progress progress(const std::string& what) {
 }
 
 void catch_interrupts() {
+    if (pipe2(wake_pipe, O_NONBLOCK | O_CLOEXEC) != 0) {
+        wake_pipe[0] = wake_pipe[1] = -1;
+    }
     struct sigaction action = {};
     action.sa_handler = on_interrupt;
     sigemptyset(&action.sa_mask);
@@ -92,7 +103,14 @@ const std::atomic<bool>& interrupt_flag() {
     return interrupted;
 }
 
+int interrupt_fd() {
+    return wake_pipe[0];
+}
+
 bool take_interrupt() {
+    char bytes[16];
+    while (wake_pipe[0] >= 0 && read(wake_pipe[0], bytes, sizeof bytes) > 0) {
+    }
     return interrupted.exchange(false);
 }
 

@@ -25,6 +25,8 @@ llm::Progress progress(const std::string& what);
 // Ctrl-C sets the flag; a second one before take_interrupt() ends the program.
 void catch_interrupts();
 const std::atomic<bool>& interrupt_flag();
+// Readable after a Ctrl-C, until take_interrupt(): for poll(). -1 before catch_interrupts().
+int interrupt_fd();
 // Was there one? Clears it.
 bool take_interrupt();
 
