@@ -364,7 +364,7 @@ private:
         return age <= own && age + window > own;
     }
 
-    // One head's row as the query is to see it. An exact row carries the store's tag in its lowest mantissa bits.
+    // One head's row as the query is to see it. An exact row lacks the mantissa bits that a saved row's tag takes.
     std::vector<float> row_seen(const Pair& p, int bits, int window, int64_t query, int64_t row,
                                 int64_t kv_head) const {
         const int n = p.exact->shape().row_elements();
@@ -373,11 +373,9 @@ private:
         const int at = static_cast<int>(kv_head) * p.exact->shape().head_size;
         std::vector<float> x(from + at, from + at + p.exact->shape().head_size);
         if (exact) {
-            const uint64_t age = static_cast<uint64_t>(p.order[static_cast<size_t>(row)]) + 1;
-            const uint64_t tag = make_tag(age, p.exact->is_pinned(row));
             for (int i = at; i < std::min(kTagElements, at + static_cast<int>(x.size())); ++i) {
                 float& value = x[static_cast<size_t>(i - at)];
-                value = from_half(static_cast<uint16_t>((to_half(value) & ~1U) | (tag >> i & 1U)));
+                value = from_half(static_cast<uint16_t>(to_half(value) & ~1U));
             }
         }
         return x;

@@ -124,7 +124,9 @@ TEST_F(State, OneOfSeveralSequences) {
             const Logits expected = decode(c.get(), tail, {.sequence = 2, .begin = 80});
             ASSERT_TRUE(llama_memory_seq_rm(llama_get_memory(c.get()), 2, -1, -1));
             ASSERT_TRUE(restore_sequence(c.get(), 2, saved));
-            EXPECT_EQ(sequence_state(c.get(), 2), saved);
+            if (cache.window == 0) { // exact rows come back younger, and their ages are part of what is saved
+                EXPECT_EQ(sequence_state(c.get(), 2), saved);
+            }
             const Difference d = compare(decode(c.get(), tail, {.sequence = 2, .begin = 80}), expected, vocabulary);
             if (!unified) {
                 EXPECT_EQ(d.relative, 0);

@@ -242,6 +242,41 @@ TEST(Native, AgesBeyond32Bits) {
     EXPECT_EQ(store->impl().clock, start + 3);
 }
 
+// A host removes rows without telling the store; rows restored afterwards must still take the ring.
+TEST(Native, AnAgeShiftMakesRestoredRowsTheYoungest) {
+    const StoreShape shape = {Side::key, 64, 2, 100};
+    const auto store = make_store(shape, {4, 3, 0});
+    std::vector<uint8_t> saved;
+    for (int64_t r = 0; r < 6; ++r) {
+        ASSERT_TRUE(write_row(*store, r, static_cast<uint32_t>(r)).ok());
+    }
+    for (const int64_t r : {2, 5, 3, 4}) { // 2 has codes only
+        const std::vector<uint8_t> row = native_row(*store, r);
+        saved.insert(saved.end(), row.begin(), row.end());
+    }
+    const std::vector<float> before = read_row(*store, 5);
+    for (int64_t r = 50; r < 60; ++r) {
+        ASSERT_TRUE(write_row(*store, r, static_cast<uint32_t>(r)).ok());
+    }
+    const size_t stride = store->native_row_bytes();
+    const int64_t shift = store->restored_age_shift(saved.data(), stride, 4);
+    EXPECT_EQ(shift, 17 - 4);
+    for (const int64_t i : {0, 1, 2, 3}) {
+        const int64_t row = std::vector<int64_t>{12, 15, 13, 14}[static_cast<size_t>(i)];
+        bool not_native = true;
+        ASSERT_TRUE(store->write_native(row, saved.data() + static_cast<size_t>(i) * stride, not_native, shift).ok());
+        EXPECT_FALSE(not_native);
+    }
+    for (int64_t row = 0; row < 100; ++row) {
+        EXPECT_EQ(store->is_exact(row), row >= 13 && row <= 15) << row;
+    }
+    EXPECT_EQ(read_row(*store, 15), before);
+    ASSERT_TRUE(write_row(*store, 16, 1).ok());
+    EXPECT_FALSE(store->is_exact(13)) << "13 was the oldest";
+    EXPECT_TRUE(store->is_exact(14));
+    EXPECT_EQ(make_store(shape, {4, 3, 0})->restored_age_shift(saved.data(), stride, 1), 0);
+}
+
 void expect_refused(Store& store, const std::vector<uint8_t>& bytes, const char* word) {
     const std::vector<uint8_t> before = native_row(store, 3);
     bool not_native = true;

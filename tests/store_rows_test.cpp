@@ -432,7 +432,9 @@ TEST(Ring, RewriteKeepsPlaceAgeAndPin) {
         uint32_t age = 0;
         bool pinned = false;
         bool damaged = true;
-        ASSERT_TRUE(read_tag(store->impl().raw(store->impl().find_slot(row)), age, pinned, damaged));
+        std::vector<uint16_t> saved(store->native_row_bytes() / 2);
+        store->read_native(row, reinterpret_cast<uint8_t*>(saved.data()));
+        ASSERT_TRUE(read_tag(saved.data(), age, pinned, damaged));
         EXPECT_EQ(age, row + 1);
         EXPECT_EQ(pinned, row == 0);
         EXPECT_FALSE(damaged);

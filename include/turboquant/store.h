@@ -107,9 +107,8 @@ public:
     bool is_pinned(int64_t row) const;
 
     // A row for keeping elsewhere, written to out[0..native_row_bytes()): reading it back with write_native gives
-    // the same codes, scales and exactness bit by bit. An exact row is its fp16 values whose lowest mantissa bits
-    // in the first 64 elements say what it is (age, pinned): attention uses those very values. 2 * row_elements()
-    // bytes (fp32 pass-through: 4 *); a codec row of fewer than 64 elements may need more and is never exact.
+    // the same codes, scales and exactness bit by bit. An exact row is its fp16 values; the lowest mantissa bits of
+    // its first 64 elements, which the store keeps at zero, say what it is (age, pinned). 2 * row_elements() bytes (fp32 pass-through: 4 *); a codec row of fewer than 64 elements may need more and is never exact.
     // A never written (or cleared) row is all zero bytes; all zero bytes clear a row.
     size_t native_row_bytes() const;
     void read_native(int64_t row, uint8_t* out) const;
@@ -117,7 +116,12 @@ public:
     // differ: an exact row that finds no place, or is older than all of a full ring, is kept as codes). Error (row
     // unchanged) when it says it is a native row but does not fit this store (other bits, other shape, damaged).
     // not_native is set when it is no native row at all: the caller may take it as plain values.
-    Status write_native(int64_t row, const uint8_t* in, bool& not_native);
+    // age_shift is added to the age of an exact row.
+    Status write_native(int64_t row, const uint8_t* in, bool& not_native, int64_t age_shift = 0);
+    // The age shift that makes the exact rows among these n native rows (`stride` bytes apart) younger than every row of
+    // this store, among themselves as old as they were: what a host wants that restores a sequence after it removed
+    // rows, which the store is never told. 0 when there are none, or they are that already. Never negative.
+    int64_t restored_age_shift(const uint8_t* rows, size_t stride, int64_t n) const;
 
     // Everything of `source` (same shape, options and conditioning) becomes this store's, except its counters.
     Status copy_from(const Store& source);

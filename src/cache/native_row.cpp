@@ -245,21 +245,19 @@ int slot_for(Store::Impl& m, uint64_t age, bool pinned) {
     return oldest;
 }
 
-void take_exact_row(Store::Impl& m, int64_t row, const uint16_t* values, uint32_t low_age, bool pinned) {
-    const uint64_t age = full_age(m.clock, low_age);
+// `values` without the tag.
+void take_exact_row(Store::Impl& m, int64_t row, const uint16_t* values, uint64_t age, bool pinned) {
     pinned = pinned && m.options.sink_slots > 0;
     const int slot = slot_for(m, age, pinned);
     if (slot >= 0) {
         take_slot(m, slot, row, age, pinned);
         std::memcpy(m.raw(slot), values, static_cast<size_t>(m.shape.row_elements()) * sizeof(uint16_t));
-        put_tag(m.raw(slot), 0, m.shape.row_elements(), make_tag(age, pinned));
     }
     m.clock = std::max(m.clock, age);
     HeadNotes notes;
     alignas(64) uint16_t h[kMaxHeadSize + 2 * kVectorPadding] = {};
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         std::copy_n(values + static_cast<ptrdiff_t>(head) * m.shape.head_size, m.shape.head_size, h);
-        clear_tag_bits(m, head, h);
         encode_head(m, row, head, h, notes);
     }
     m.counters.saturated += notes.saturated;
@@ -288,13 +286,41 @@ void Store::read_native(int64_t row, uint8_t* out) const {
             std::memcpy(out + static_cast<size_t>(head) * head_bytes, m.plain_row(head, row), head_bytes);
         }
     } else if (const int slot = m.find_slot(row); slot >= 0) {
-        std::memcpy(out, m.raw(slot), static_cast<size_t>(m.shape.row_elements()) * sizeof(uint16_t));
+        const auto s = static_cast<size_t>(slot);
+        const auto elements = static_cast<size_t>(m.shape.row_elements());
+        uint16_t first[kTagElements]; // `out` may not be aligned
+        std::memcpy(out, m.raw(slot), elements * sizeof(uint16_t));
+        std::copy_n(m.raw(slot), kTagElements, first);
+        put_tag(first, 0, kTagElements, make_tag(m.slot_age[s], m.slot_pinned[s] != 0));
+        std::memcpy(out, first, sizeof first);
     } else {
         put_coded_row(m, row, out);
     }
 }
 
-Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native) {
+int64_t Store::restored_age_shift(const uint8_t* rows, size_t stride, int64_t n) const {
+    const Impl& m = *impl_;
+    if (!m.coded() || m.n_slots == 0) {
+        return 0;
+    }
+    bool any = false;
+    uint64_t oldest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint16_t first[kTagElements];
+        std::memcpy(first, rows + static_cast<size_t>(i) * stride, sizeof first);
+        uint32_t low_age = 0;
+        bool pinned = false;
+        bool damaged = false;
+        if (read_tag(first, low_age, pinned, damaged) && !damaged && !pinned) {
+            const uint64_t age = full_age(m.clock, low_age);
+            oldest = any ? std::min(oldest, age) : age;
+            any = true;
+        }
+    }
+    return any && oldest <= m.clock ? static_cast<int64_t>(m.clock + 1 - oldest) : 0;
+}
+
+Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native, int64_t age_shift) {
     Impl& m = *impl_;
     not_native = false;
     if (!m.in_range(row)) {
@@ -342,7 +368,8 @@ Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native) {
                        "); restore from an intact copy");
     }
     release();
-    take_exact_row(m, row, values.data(), age, pinned);
+    std::for_each_n(values.begin(), kTagElements, [](uint16_t& h) { h &= 0xfffeU; });
+    take_exact_row(m, row, values.data(), full_age(m.clock, age) + static_cast<uint64_t>(age_shift), pinned);
     set_bit(m.written_rows, row, true);
     return {};
 }

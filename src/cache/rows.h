@@ -9,7 +9,7 @@
 namespace turboquant {
 
 // ---- the tag of an exact row -------------------------------------------------------------------------------------
-// 64 bits in the lowest mantissa bits of the row's first 64 fp16 values, element i holding bit i: magic (24 bits),
+// A saved row's: 64 bits in the lowest mantissa bits of its first 64 fp16 values, element i holding bit i: magic (24 bits),
 // pinned (1), age (32, the low bits of the clock), checksum of these (7).
 
 inline constexpr int kTagElements = 64;

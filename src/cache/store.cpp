@@ -283,7 +283,6 @@ struct Batch {
     int64_t stride = 0;
     const int64_t* index = nullptr;
     int64_t n = 0;
-    uint64_t first_age = 0;
     int64_t first_in_ring = 0;  // rows from here on have slots: batch_slots[i - first_in_ring]
     uint16_t* staged = nullptr; // [n][row_elements] or null
 };
@@ -321,15 +320,12 @@ void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
                                ? m.raw(m.batch_slots[static_cast<size_t>(i - batch.first_in_ring)]) + head_at
                                : nullptr;
     uint16_t* const staged = batch.staged != nullptr ? batch.staged + i * m.shape.row_elements() + head_at : nullptr;
-    if (slot != nullptr || staged != nullptr) {
-        put_tag(h, head_at, head_size, make_tag(batch.first_age + static_cast<uint64_t>(i), false));
-        for (uint16_t* const to : {slot, staged}) {
-            if (to != nullptr) {
-                std::memcpy(to, h, static_cast<size_t>(head_size) * sizeof(uint16_t));
-            }
+    clear_tag_bits(m, kv_head, h);
+    for (uint16_t* const to : {slot, staged}) {
+        if (to != nullptr) {
+            std::memcpy(to, h, static_cast<size_t>(head_size) * sizeof(uint16_t));
         }
     }
-    clear_tag_bits(m, kv_head, h);
     encode_head(m, row, kv_head, h, notes);
 }
 
@@ -496,7 +492,6 @@ Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_
     batch.stride = stride;
     batch.index = index;
     batch.n = n;
-    batch.first_age = m.clock + 1;
     batch.first_in_ring = std::max<int64_t>(0, n - m.options.window);
     if (staging != nullptr) {
         staging->owner = this;
@@ -559,7 +554,6 @@ Status Store::pin(int64_t row, const Staging* staging) {
         std::memcpy(m.raw(slot), staged, elements * sizeof(uint16_t));
     }
     take_slot(m, slot, row, age, true);
-    put_tag(m.raw(slot), 0, m.shape.row_elements(), make_tag(age, true));
     return {};
 }
 
@@ -581,12 +575,10 @@ Status Store::rewrite(int64_t row, const float* x) {
             continue;
         }
         round_head(m, x + head_at, h, notes);
+        clear_tag_bits(m, head, h);
         if (slot >= 0) {
-            const auto s = static_cast<size_t>(slot);
-            put_tag(h, head_at, m.shape.head_size, make_tag(m.slot_age[s], m.slot_pinned[s] != 0));
             std::memcpy(m.raw(slot) + head_at, h, static_cast<size_t>(m.shape.head_size) * sizeof(uint16_t));
         }
-        clear_tag_bits(m, head, h);
         encode_head(m, row, head, h, notes);
     }
     set_bit(m.written_rows, row, true);

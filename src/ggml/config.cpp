@@ -52,7 +52,7 @@ bool parse_pair(std::string_view text, int& first, int& second) {
 }
 
 bool is_bits(int bits) {
-    return (bits >= 2 && bits <= 6) || bits == 8 || bits == 16 || bits == 32;
+    return (bits >= 2 && bits <= 6) || bits == 8 || bits == 16;
 }
 
 Status parse_kv(std::string_view text, Config& config) {
@@ -94,7 +94,7 @@ Status parse_int(const char* name, int least, int most, int& value) {
 } // namespace
 
 std::string Config::summary() const {
-    auto side = [](int bits) { return bits >= 16 ? (bits == 16 ? std::string("fp16") : std::string("fp32")) : std::to_string(bits) + " bits"; };
+    auto side = [](int bits) { return bits == 16 ? std::string("fp16") : std::to_string(bits) + " bits"; };
     return "keys " + side(key_bits) + ", values " + side(value_bits) + ", window " + std::to_string(window) + ", sinks " +
            std::to_string(sinks);
 }

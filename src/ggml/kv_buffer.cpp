@@ -27,7 +27,7 @@ bool parse_kv_name(std::string_view name, Side& side) {
 }
 
 bool plain_type(ggml_type type) {
-    return type == GGML_TYPE_F16 || type == GGML_TYPE_F32 || type == GGML_TYPE_BF16;
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16; // fp32 is cast before attention, which reads the cache
 }
 
 const ggml_tensor* root_of(const ggml_tensor* tensor) {

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,10 @@ public:
     Status read_bytes(size_t offset, size_t size, uint8_t* out);
     Status write_bytes(size_t offset, size_t size, const uint8_t* data);
     Status zero_bytes(size_t offset, size_t size);
+    // Rows (over all streams) whose last restoring failed: the host has no way to hear of it then, so attention refuses
+    // to answer from them. A row leaves the set when it is written, restored or cleared.
+    const std::set<int64_t>& damaged() const { return damaged_; }
+    void mark_written(int64_t row) { damaged_.erase(row); }
     // Stream `to` becomes what stream `from` of `source` is.
     Status copy_stream(KvTensor& source, int64_t from, int64_t to);
     void clear();
@@ -57,7 +62,7 @@ private:
         std::vector<uint8_t> bytes;
         size_t filled = 0;
     };
-    Status write_row(int64_t row, const uint8_t* data);
+    Status write_row(int64_t row, const uint8_t* data, int64_t age_shift);
     void read_row(int64_t row, uint8_t* out) const;
 
     std::string name_;
@@ -72,6 +77,7 @@ private:
     int head_size_ = 0;
     std::vector<std::unique_ptr<Store>> stores_;
     std::map<int64_t, PartialRow> partial_;
+    std::set<int64_t> damaged_;
 };
 
 // The context of a ggml buffer of the KV type. Contexts of one process may share it, hence the mutex; every access to a

@@ -95,7 +95,7 @@ void KvTensor::read_row(int64_t row, uint8_t* out) const {
     }
 }
 
-Status KvTensor::write_row(int64_t row, const uint8_t* data) {
+Status KvTensor::write_row(int64_t row, const uint8_t* data, int64_t age_shift) {
     if (stores_.empty()) {
         // Before the first graph nothing can have been stored; zeros are what is there.
         const bool zero = std::all_of(data, data + row_bytes_, [](uint8_t byte) { return byte == 0; });
@@ -104,13 +104,11 @@ Status KvTensor::write_row(int64_t row, const uint8_t* data) {
     Store& store = *stores_[static_cast<size_t>(row / cells_)];
     const int64_t cell = row % cells_;
     bool not_native = false;
-    if (Status status = store.write_native(cell, data, not_native); !status.ok() || !not_native) {
+    if (Status status = store.write_native(cell, data, not_native, age_shift); !status.ok() || !not_native) {
         return status;
     }
     std::vector<float> values(static_cast<size_t>(elements_));
-    ggml_get_type_traits(type_)->to_float != nullptr
-        ? ggml_get_type_traits(type_)->to_float(data, values.data(), elements_)
-        : static_cast<void>(std::memcpy(values.data(), data, row_bytes_)); // fp32 has no conversion
+    ggml_get_type_traits(type_)->to_float(data, values.data(), elements_);
     return store.write(values.data(), elements_, &cell, 1, ParallelFor{}, nullptr);
 }
 
@@ -138,6 +136,13 @@ Status KvTensor::read_bytes(size_t offset, size_t size, uint8_t* out) {
 
 Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
     Status first_error;
+    // Rows that come together are one sequence's: younger than all that is there, whatever the host removed meanwhile.
+    const size_t until_row = (row_bytes_ - offset % row_bytes_) % row_bytes_;
+    int64_t age_shift = 0;
+    if (!stores_.empty() && size >= until_row + row_bytes_ && offset / row_bytes_ < static_cast<size_t>(cells_ * streams_)) {
+        const Store& store = *stores_[offset / row_bytes_ / static_cast<size_t>(cells_)];
+        age_shift = store.restored_age_shift(data + until_row, row_bytes_, static_cast<int64_t>((size - until_row) / row_bytes_));
+    }
     while (size > 0) {
         const int64_t row = static_cast<int64_t>(offset / row_bytes_);
         const size_t begin = offset % row_bytes_;
@@ -148,19 +153,22 @@ Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
         Status status;
         if (count == row_bytes_) {
             partial_.erase(row);
-            status = write_row(row, data);
+            status = write_row(row, data, age_shift);
         } else {
             PartialRow& partial = partial_[row];
             partial.bytes.resize(row_bytes_);
             std::memcpy(partial.bytes.data() + begin, data, count);
             partial.filled += count;
             if (partial.filled >= row_bytes_) {
-                status = write_row(row, partial.bytes.data());
+                status = write_row(row, partial.bytes.data(), age_shift);
                 partial_.erase(row);
             }
         }
-        if (!status.ok() && first_error.ok()) {
-            first_error = status;
+        if (status.ok()) {
+            damaged_.erase(row);
+        } else {
+            damaged_.insert(row);
+            first_error = first_error.ok() ? status : first_error;
         }
         offset += count;
         data += count;
@@ -193,7 +201,18 @@ Status KvTensor::copy_stream(KvTensor& source, int64_t from, int64_t to) {
     if (source.stores_.empty() || stores_.empty()) {
         return invalid(name_ + ": copied to or from a cache that no graph has used yet");
     }
-    return stores_[static_cast<size_t>(to)]->copy_from(*source.stores_[static_cast<size_t>(from)]);
+    Status status = stores_[static_cast<size_t>(to)]->copy_from(*source.stores_[static_cast<size_t>(from)]);
+    if (status.ok()) {
+        damaged_.erase(damaged_.lower_bound(to * cells_), damaged_.lower_bound((to + 1) * cells_));
+        std::set<int64_t> copied;
+        for (const int64_t row : source.damaged_) {
+            if (row / source.cells_ == from) {
+                copied.insert(to * cells_ + row % source.cells_);
+            }
+        }
+        damaged_.merge(copied);
+    }
+    return status;
 }
 
 void KvTensor::clear() {
@@ -201,6 +220,7 @@ void KvTensor::clear() {
         store->clear();
     }
     partial_.clear();
+    damaged_.clear();
 }
 
 } // namespace turboquant::plugin

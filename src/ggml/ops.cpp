@@ -51,6 +51,21 @@ int64_t count_visible(const uint16_t* mask, int64_t n, int64_t enough) {
     return visible;
 }
 
+// Refuses to attend to a row that could not be restored.
+Status check_damaged(const KvTensor& tensor, int64_t stream, const AttentionCall& call) {
+    const int64_t first = stream * tensor.cells();
+    for (auto row = tensor.damaged().lower_bound(first); row != tensor.damaged().end() && *row < first + call.n_rows; ++row) {
+        for (int64_t i = 0; i < call.n_queries; ++i) {
+            if (call.mask == nullptr || call.mask[i * call.mask_query_stride + *row - first] != kHalfMinusInfinity) {
+                return invalid(tensor.name() + ": row " + std::to_string(*row) +
+                               " could not be restored from the saved state (see the message above): clear the sequence and read "
+                               "the prompt again");
+            }
+        }
+    }
+    return {};
+}
+
 } // namespace
 
 OpContext::~OpContext() {
@@ -115,6 +130,9 @@ Status OpContext::set_rows(const ggml_tensor* op) {
                                     batch.staged ? &batch.staging : nullptr);
         if (!status.ok()) {
             return {status.code(), tensor.name() + ": " + status.message()};
+        }
+        for (size_t i = 0; i < cells_.size() && !tensor.damaged().empty(); ++i) {
+            tensor.mark_written(stream * tensor.cells() + cells_[i]);
         }
         if (first_visit) {
             batch.store = &store;
@@ -223,6 +241,11 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
 
         Batch* k_batch = find_batch(Side::key, stream, &k_store, call.n_queries);
         Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, &v_store, call.n_queries);
+        for (const KvTensor* tensor : {keys.tensor, values.tensor}) {
+            if (Status status = check_damaged(*tensor, stream, call); !status.ok()) {
+                return status;
+            }
+        }
         const int sinks = keys.tensor->config().sinks;
         if (sinks > 0 && k_store.options().sink_slots > 0) {
             Status status = pin_first_rows(mask, s, call.n_queries, call.n_rows, k_store, shared ? nullptr : &v_store, k_batch,
