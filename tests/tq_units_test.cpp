@@ -149,8 +149,9 @@ TEST(MemoryLog, PlainModel) {
         {LogLevel::debug, "llama_kv_cache: layer   0: dev = CPU"},
         {LogLevel::debug, "llama_kv_cache: layer   1: dev = CPU"},
         {LogLevel::info, "llama_kv_cache: TurboQuant KV buffer size =    49.75 MiB"},
-        {LogLevel::info, "llama_kv_cache: size =  180.00 MiB (  8192 cells,   2 layers,  1/1 seqs), K (f16):   90.00 MiB, "
-                         "V (q8_0):   47.81 MiB"},
+        {LogLevel::info,
+         "llama_kv_cache: size =  180.00 MiB (  8192 cells,   2 layers,  1/1 seqs), K (f16):   90.00 MiB, "
+         "V (q8_0):   47.81 MiB"},
         {LogLevel::info, "sched_reserve:        CPU compute buffer size =    98.25 MiB"},
     });
     ASSERT_EQ(memory.caches.size(), 1U);
@@ -171,14 +172,16 @@ TEST(MemoryLog, SlidingAndRecurrentLayers) {
         {LogLevel::debug, "llama_kv_cache: layer   0: filtered"},
         {LogLevel::debug, "llama_kv_cache: layer   1: dev = CPU"},
         {LogLevel::info, "llama_kv_cache:        CPU KV buffer size =    12.00 MiB"},
-        {LogLevel::info, "llama_kv_cache: size =   12.00 MiB (  8192 cells,   1 layers,  1/1 seqs), K (f16):    6.00 MiB, "
-                         "V (f16):    6.00 MiB"},
+        {LogLevel::info,
+         "llama_kv_cache: size =   12.00 MiB (  8192 cells,   1 layers,  1/1 seqs), K (f16):    6.00 MiB, "
+         "V (f16):    6.00 MiB"},
         {LogLevel::info, "llama_kv_cache_iswa: creating     SWA KV cache, size = 1024 cells"},
         {LogLevel::debug, "llama_kv_cache: layer   0: dev = CPU"},
         {LogLevel::debug, "llama_kv_cache: layer   1: filtered"},
         {LogLevel::info, "llama_kv_cache:        CPU KV buffer size =     2.50 MiB"},
-        {LogLevel::info, "llama_kv_cache: size =    2.50 MiB (  1024 cells,   1 layers,  1/1 seqs), K (f16):    1.25 MiB, "
-                         "V (f16):    1.25 MiB"},
+        {LogLevel::info,
+         "llama_kv_cache: size =    2.50 MiB (  1024 cells,   1 layers,  1/1 seqs), K (f16):    1.25 MiB, "
+         "V (f16):    1.25 MiB"},
         {LogLevel::debug, "llama_memory_recurrent, layer   2: dev = CPU"},
         {LogLevel::info, "llama_memory_recurrent:        CPU RS buffer size =     0.75 MiB"},
         {LogLevel::info, "llama_memory_recurrent: size =    0.75 MiB (     1 cells,   3 layers,  1 seqs  0 rs_seq), R "
@@ -207,8 +210,8 @@ TEST(MemoryLog, OtherLinesMeanNothing) {
 TEST(FailureReason, PrefersThePluginThenTheFirstError) {
     EXPECT_EQ(failure_reason({}), "");
     EXPECT_EQ(failure_reason({{LogLevel::warn, "turboquant: only a warning"}}), "");
-    EXPECT_EQ(failure_reason({{LogLevel::error, "llama_model_load: error loading model: no: really"},
-                              {LogLevel::error, "later"}}),
+    EXPECT_EQ(failure_reason(
+                  {{LogLevel::error, "llama_model_load: error loading model: no: really"}, {LogLevel::error, "later"}}),
               "error loading model: no: really");
     EXPECT_EQ(failure_reason({{LogLevel::error, "llama_init_from_model: failed"},
                               {LogLevel::error, "turboquant: flash attention is off; use -fa on"}}),

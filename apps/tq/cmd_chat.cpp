@@ -42,8 +42,11 @@ struct ChatFlags {
 class Chat {
 public:
     Chat(const ChatFlags& flags, Engine& engine)
-        : flags_(flags), engine_(engine), conversation_(*engine.session),
-          editor_(history_path()), prompt_(editor_.interactive() ? "> " : "") {
+        : flags_(flags),
+          engine_(engine),
+          conversation_(*engine.session),
+          editor_(history_path()),
+          prompt_(editor_.interactive() ? "> " : "") {
         conversation_.set_system(flags_.answer.system.value_or(conversation_.chat_template().default_system()));
     }
 
@@ -158,15 +161,14 @@ void Chat::ask(const std::string* text) {
 void Chat::show_stats() const {
     const llm::Session& session = *engine_.session;
     print_note(fmt::format("model    {}", engine_.model.identity()));
-    print_note(fmt::format("cache    {}; {}", engine_.kv.describe(),
-                           kv_words(session.kv_bytes(), session.kv_f16_bytes())));
+    print_note(
+        fmt::format("cache    {}; {}", engine_.kv.describe(), kv_words(session.kv_bytes(), session.kv_f16_bytes())));
     print_note(fmt::format("context  {} of {} tokens, {} messages", session.cached().size(), session.context_size(),
                            conversation_.messages().size()));
     const llm::SamplingOptions sampling = resolve_sampling(flags_.answer.sampling, engine_.model);
-    print_note(fmt::format("answers  temp {}, top-k {}, top-p {}, min-p {}, seed {}, n {}", sampling.temp,
-                           sampling.top_k, sampling.top_p, sampling.min_p,
-                           flags_.answer.sampling.seed ? std::to_string(sampling.seed) : "random",
-                           flags_.answer.limit));
+    print_note(fmt::format(
+        "answers  temp {}, top-k {}, top-p {}, min-p {}, seed {}, n {}", sampling.temp, sampling.top_k, sampling.top_p,
+        sampling.min_p, flags_.answer.sampling.seed ? std::to_string(sampling.seed) : "random", flags_.answer.limit));
     if (last_) {
         print_note("last     " + stats_line(*last_, flags_.answer.limit));
     }

@@ -37,7 +37,7 @@ which had belonged to a whaler. The parrot learned to call out the hours, though
 When Edith retired in 1903 the village gave her a small house with a garden, and she planted pear trees in it. The
 lighthouse was run by other keepers until 1958, when it was fitted with an electric lamp that needed nobody. Today it is
 a museum. Visitors can read the journal, see the stuffed parrot, and eat pears from the garden in September.)";
-constexpr const char* kQuestion = "In which year was the lighthouse built?";
+constexpr const char* kQuestion = "In which year was the lighthouse built? Answer in one sentence.";
 constexpr int64_t kContext = 4096;
 
 struct DemoFlags {

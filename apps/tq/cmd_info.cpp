@@ -84,12 +84,13 @@ void print_text(const llm::ModelPlan& model, const llm::CachePlan& plan, const s
         fmt::print("{:<6} {:>5} {:>7} {:>6} {:>11} {:>10} {:>11} {:>16}\n", row.kv.name, tq ? row.kv.bits() : "-",
                    tq ? std::to_string(row.kv.window) : "-", tq ? std::to_string(row.kv.sinks) : "-",
                    llm::format_bytes(row.kv_bytes),
-                   row.kv_bytes > 0 ? fmt::format("{:.2f}x", static_cast<double>(f16) / static_cast<double>(row.kv_bytes))
-                                    : "-",
+                   row.kv_bytes > 0
+                       ? fmt::format("{:.2f}x", static_cast<double>(f16) / static_cast<double>(row.kv_bytes))
+                       : "-",
                    llm::format_bytes(row.total_bytes),
-                   memory.bytes < 0    ? "?"
-                   : row.largest == 0  ? "does not fit"
-                                       : llm::format_count(row.largest));
+                   memory.bytes < 0   ? "?"
+                   : row.largest == 0 ? "does not fit"
+                                      : llm::format_count(row.largest));
     }
     fmt::print("\nThe largest context is what fits into free memory. ");
     fmt::print("Beyond {} tokens the model was not trained.\n", llm::format_count(model.trained_context));
@@ -157,8 +158,7 @@ int info(const InfoFlags& flags) {
         choices.push_back(own);
     }
     llm::install_log(flags.model.verbose);
-    const llm::ModelPlan model(
-        llm::resolve_model_path(flags.path.empty() ? flags.model.model : flags.path));
+    const llm::ModelPlan model(llm::resolve_model_path(flags.path.empty() ? flags.model.model : flags.path));
     const llm::CachePlan plan = model.plan(llm::choose_context(model, flags.model.context));
     const llm::FreeMemory memory = llm::free_memory();
     std::vector<Row> rows;
@@ -178,7 +178,8 @@ int info(const InfoFlags& flags) {
 
 Command add_info(CLI::App& program) {
     auto flags = std::make_shared<InfoFlags>();
-    CLI::App* command = program.add_subcommand("info", "what a model is and needs: memory of each cache, longest context");
+    CLI::App* command =
+        program.add_subcommand("info", "what a model is and needs: memory of each cache, longest context");
     command->add_option("MODEL", flags->path, "GGUF file (default: as in run)")->type_name("");
     add_model_flags(*command, flags->model);
     return [flags] { return info(*flags); };

@@ -43,8 +43,8 @@ std::string read_prompt(const RunFlags& flags) {
         }
     }
     if (const size_t at = llm::first_invalid_utf8(prompt); at != std::string::npos) {
-        throw llm::Error(fmt::format("{}: byte {} is not UTF-8 text; convert it first, for example with iconv", source,
-                                     at));
+        throw llm::Error(
+            fmt::format("{}: byte {} is not UTF-8 text; convert it first, for example with iconv", source, at));
     }
     if (prompt.find_first_not_of(" \t\r\n") == std::string::npos) {
         throw llm::UsageError(fmt::format("{}: the prompt is empty; give some text", source));
@@ -82,12 +82,9 @@ int run(const RunFlags& flags) {
     }
     const llm::Answer answer = conversation.ask(prompt, options);
     if (flags.model.json) {
-        const nlohmann::json root = {{"answer", answer.text},
-                                     {"stop", llm::stop_name(answer.stop)},
-                                     {"model", engine->model.path()},
-                                     {"kv", kv.describe()},
-                                     {"seed", options.sampling.seed},
-                                     {"stats", stats_json(answer.stats)}};
+        const nlohmann::json root = {{"answer", answer.text},         {"stop", llm::stop_name(answer.stop)},
+                                     {"model", engine->model.path()}, {"kv", kv.describe()},
+                                     {"seed", options.sampling.seed}, {"stats", stats_json(answer.stats)}};
         fmt::print("{}\n", root.dump());
     } else {
         std::fputs("\n", stdout);

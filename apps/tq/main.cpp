@@ -30,10 +30,11 @@ int run(int argc, char** argv) {
     bool show_version = false;
     program.add_flag("--version", show_version, "print the version");
 
-    std::vector<std::pair<std::string, app::Command>> commands = {
-        {"run", app::add_run(program)},   {"chat", app::add_chat(program)},
-        {"info", app::add_info(program)}, {"demo", app::add_demo(program)},
-        {"plugin-path", app::add_plugin_path(program)}};
+    std::vector<std::pair<std::string, app::Command>> commands = {{"run", app::add_run(program)},
+                                                                  {"chat", app::add_chat(program)},
+                                                                  {"info", app::add_info(program)},
+                                                                  {"demo", app::add_demo(program)},
+                                                                  {"plugin-path", app::add_plugin_path(program)}};
     program.add_subcommand("version", "print the version");
 
     try {
@@ -48,8 +49,8 @@ int run(int argc, char** argv) {
         for (char& c : text) { // CLI11 lists several complaints on lines of their own
             c = c == '\n' ? ' ' : c;
         }
-        throw llm::UsageError(fmt::format("{}; see tq {}--help", text,
-                                          chosen.empty() ? "" : chosen.front()->get_name() + " "));
+        throw llm::UsageError(
+            fmt::format("{}; see tq {}--help", text, chosen.empty() ? "" : chosen.front()->get_name() + " "));
     }
     if (show_version || program.got_subcommand("version")) {
         fmt::print("{}", version());

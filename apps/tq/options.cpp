@@ -21,7 +21,8 @@ void check_range(const char* flag, double value, double low, double high, const 
     }
 }
 
-template <class Number> Number parse_number(const std::string& name, const std::string& text) {
+template <class Number>
+Number parse_number(const std::string& name, const std::string& text) {
     Number value{};
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (text.empty() || error != std::errc() || end != text.data() + text.size()) {
@@ -44,18 +45,23 @@ void add_output_flags(CLI::App& command, ModelFlags& flags) {
 }
 
 void add_model_flags(CLI::App& command, ModelFlags& flags) {
-    command.add_option("-m,--model", flags.model, "GGUF file (default: TURBOQUANT_MODEL, else the one set-up installed)")
+    command
+        .add_option("-m,--model", flags.model, "GGUF file (default: TURBOQUANT_MODEL, else the one set-up installed)")
         ->type_name("FILE");
-    command.add_option("--kv", flags.kv.kv,
-                       "KV cache: tq6 tq5 tq4 tq3, bits K/V such as 5/4, or f16 q8_0 q5_1 q5_0 q4_0 (default tq4)")
+    command
+        .add_option("--kv", flags.kv.kv,
+                    "KV cache: tq6 tq5 tq4 tq3, bits K/V such as 5/4, or f16 q8_0 q5_1 q5_0 q4_0 (default tq4)")
         ->type_name("CACHE");
     command.add_option("--key-bits", flags.kv.key_bits, "bits of keys: 2 3 4 5 6 8")->type_name("N");
     command.add_option("--value-bits", flags.kv.value_bits, "bits of values: 2 3 4 5 6 8")->type_name("N");
-    command.add_option("--window", flags.kv.window, "latest positions kept exact (default 32, tq3 128)")->type_name("N");
+    command.add_option("--window", flags.kv.window, "latest positions kept exact (default 32, tq3 128)")
+        ->type_name("N");
     command.add_option("--sinks", flags.kv.sinks, "first positions kept exact (default 4)")->type_name("N");
     command.add_flag("--no-turboquant", flags.kv.no_turboquant, "llama.cpp's own f16 cache (as --kv f16)");
-    command.add_option("-c,--ctx", flags.context, "context in tokens; 0: all the model was trained for "
-                                                  "(default: that, at most 8192)")
+    command
+        .add_option("-c,--ctx", flags.context,
+                    "context in tokens; 0: all the model was trained for "
+                    "(default: that, at most 8192)")
         ->type_name("N");
     command.add_option("-t,--threads", flags.threads, "threads (default: physical cores)")->type_name("N");
     add_output_flags(command, flags);
@@ -69,7 +75,8 @@ void add_answer_flags(CLI::App& command, AnswerFlags& flags) {
     command.add_option("--top-k", flags.sampling.top_k, "choose among the K likeliest; 0: off")->type_name("K");
     command.add_option("--top-p", flags.sampling.top_p, "choose among the likeliest that sum to P")->type_name("P");
     command.add_option("--min-p", flags.sampling.min_p, "drop tokens below P times the likeliest")->type_name("P");
-    command.add_option("--system", flags.system, "system message; '': none (default: the model's own)")->type_name("TEXT");
+    command.add_option("--system", flags.system, "system message; '': none (default: the model's own)")
+        ->type_name("TEXT");
 }
 
 llm::KvChoice choose_kv(const ModelFlags& flags) {

@@ -23,7 +23,7 @@ struct ModelFlags {
 
 struct AnswerFlags {
     llm::SamplingFlags sampling;
-    int64_t limit = 1024; // -1: none
+    int64_t limit = 1024;              // -1: none
     std::optional<std::string> system; // absent: what the model's template says; empty: none
 };
 

@@ -109,8 +109,7 @@ int interrupt_fd() {
 
 bool take_interrupt() {
     char bytes[16];
-    while (wake_pipe[0] >= 0 && read(wake_pipe[0], bytes, sizeof bytes) > 0) {
-    }
+    while (wake_pipe[0] >= 0 && read(wake_pipe[0], bytes, sizeof bytes) > 0) {}
     return interrupted.exchange(false);
 }
 

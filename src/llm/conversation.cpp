@@ -64,8 +64,7 @@ Answer Conversation::regenerate(const AskOptions& options) {
 int64_t Conversation::keep_tokens() const {
     int64_t system = 0;
     if (!messages_.empty() && messages_.front().role == "system") {
-        const std::vector<Token> tokens =
-            session_.model().tokenize(template_.render({messages_.front()}, false), true);
+        const std::vector<Token> tokens = session_.model().tokenize(template_.render({messages_.front()}, false), true);
         system = std::mismatch(tokens.begin(), tokens.end(), tokens_.begin(), tokens_.end()).first - tokens.begin();
     }
     return std::max(system, kAlwaysKept);

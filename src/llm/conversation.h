@@ -12,9 +12,9 @@ namespace turboquant::llm {
 
 struct AskOptions {
     SamplingOptions sampling;
-    int64_t limit = -1;       // tokens of an answer
-    bool make_room = false;   // context full: forget the oldest turns; otherwise stop
-    Progress progress;        // reading the prompt
+    int64_t limit = -1;     // tokens of an answer
+    bool make_room = false; // context full: forget the oldest turns; otherwise stop
+    Progress progress;      // reading the prompt
     std::function<void(const std::string&)> on_text;
     std::function<void(const std::string&)> on_notice; // one line for the user: what was done about a full context
 };
@@ -33,7 +33,7 @@ public:
     // Another answer to the last question. UsageError if there is none.
     Answer regenerate(const AskOptions& options);
 
-    void reset(); // forgets all but the system message
+    void reset();                             // forgets all but the system message
     void set_system(const std::string& text); // and starts over; empty: none
 
     // One file with messages and the cache's state. Error names the file.

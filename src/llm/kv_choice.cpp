@@ -104,9 +104,9 @@ KvChoice parse_kv(std::string_view text) {
         }
         throw UsageError(fmt::format("--kv {}: key/value bits are 2, 3, 4, 5, 6 or 8 each, as in 4/4 or 5/4", text));
     }
-    throw UsageError(fmt::format(
-        "--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4) or a host type (f16 q8_0 q5_1 q5_0 q4_0)",
-        text.empty() ? "''" : text));
+    throw UsageError(fmt::format("--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4) or a host type "
+                                 "(f16 q8_0 q5_1 q5_0 q4_0)",
+                                 text.empty() ? "''" : text));
 }
 
 KvChoice resolve_kv(const KvFlags& flags) {

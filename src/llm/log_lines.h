@@ -23,14 +23,14 @@ struct LoggedCache {
     std::vector<int> layers; // layers whose K and V lie in it
     std::string key_type;
     std::string value_type;
-    double key_mib = 0;      // by tensor shape and type, rounded to 0.01
+    double key_mib = 0; // by tensor shape and type, rounded to 0.01
     double value_mib = 0;
 };
 
 struct LoggedMemory {
     std::vector<LoggedCache> caches;
-    double kv_buffer_mib = 0;        // as allocated, all back ends together
-    double recurrent_mib = 0;        // state of recurrent layers
+    double kv_buffer_mib = 0; // as allocated, all back ends together
+    double recurrent_mib = 0; // state of recurrent layers
     std::vector<int> recurrent_layers;
     double compute_mib = 0;
 };

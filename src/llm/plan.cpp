@@ -182,8 +182,9 @@ CachePlan ModelPlan::dry_run(int64_t context) const {
     const std::unique_ptr<llama_context, decltype(&llama_free)> ctx(llama_init_from_model(handle_.get(), params),
                                                                     &llama_free);
     if (!ctx) {
-        throw Error(fmt::format("{}: libllama cannot make a context of {} tokens for it: {}; use another model or --ctx",
-                                path, context, log.reason("it gave no reason")));
+        throw Error(
+            fmt::format("{}: libllama cannot make a context of {} tokens for it: {}; use another model or --ctx", path,
+                        context, log.reason("it gave no reason")));
     }
     const LoggedMemory memory = log.memory();
     CachePlan result;
@@ -199,7 +200,7 @@ CachePlan ModelPlan::dry_run(int64_t context) const {
             return otherwise;
         }
         const auto& values = found->second;
-        return values.size() == 1 ? values[0]
+        return values.size() == 1                        ? values[0]
                : layer < static_cast<int>(values.size()) ? values[static_cast<size_t>(layer)]
                                                          : otherwise;
     };
@@ -223,7 +224,8 @@ CachePlan ModelPlan::dry_run(int64_t context) const {
             if (cache.value_mib == 0) {
                 layer.value_size = 0;
             }
-            shape_bytes += 2.0 * static_cast<double>(layer.cells) * layer.kv_heads * (layer.key_size + layer.value_size);
+            shape_bytes +=
+                2.0 * static_cast<double>(layer.cells) * layer.kv_heads * (layer.key_size + layer.value_size);
             result.layers.push_back(layer);
         }
     }
@@ -260,8 +262,8 @@ CachePlan ModelPlan::plan(int64_t asked) const {
             layer.cells = context;
         }
     }
-    const double slope = static_cast<double>(result.compute_bytes - half.compute_bytes) /
-                         static_cast<double>(longest - half.context);
+    const double slope =
+        static_cast<double>(result.compute_bytes - half.compute_bytes) / static_cast<double>(longest - half.context);
     result.compute_bytes += std::llround(std::max(0.0, slope) * static_cast<double>(context - longest));
     return result;
 }
@@ -324,7 +326,11 @@ std::string format_bytes(int64_t bytes) {
         ++unit;
     }
     return unit == 0 ? fmt::format("{} B", bytes)
-                     : fmt::format("{:.{}f} {}", value, value < 10 ? 2 : value < 100 ? 1 : 0, units[unit]);
+                     : fmt::format("{:.{}f} {}", value,
+                                   value < 10    ? 2
+                                   : value < 100 ? 1
+                                                 : 0,
+                                   units[unit]);
 }
 
 std::string format_count(int64_t count) {

@@ -68,7 +68,7 @@ private:
     const CachePlan& measured(int64_t context) const;
     void read_metadata();
 
-    ModelHandle handle_; // without tensors' data
+    ModelHandle handle_;                                  // without tensors' data
     std::map<std::string, std::vector<int64_t>> numbers_; // integers and arrays of integers of the metadata
     mutable std::map<int64_t, CachePlan> measured_;
 };

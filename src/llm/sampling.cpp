@@ -20,14 +20,13 @@ double from_metadata(const Model& model, llama_model_meta_key key, double low, d
 
 SamplingOptions resolve_sampling(const SamplingFlags& flags, const Model& model) {
     SamplingOptions options;
-    options.temp = flags.temp.value_or(
-        from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TEMP, 0, 100, options.temp));
-    options.top_k = flags.top_k.value_or(static_cast<int>(
-        from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TOP_K, 0, 1e6, options.top_k)));
-    options.top_p = flags.top_p.value_or(
-        from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TOP_P, 0, 1, options.top_p));
-    options.min_p = flags.min_p.value_or(
-        from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_MIN_P, 0, 1, options.min_p));
+    options.temp = flags.temp.value_or(from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TEMP, 0, 100, options.temp));
+    options.top_k = flags.top_k.value_or(
+        static_cast<int>(from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TOP_K, 0, 1e6, options.top_k)));
+    options.top_p =
+        flags.top_p.value_or(from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_TOP_P, 0, 1, options.top_p));
+    options.min_p =
+        flags.min_p.value_or(from_metadata(model, LLAMA_MODEL_META_KEY_SAMPLING_MIN_P, 0, 1, options.min_p));
     options.seed = flags.seed ? *flags.seed : std::random_device{}();
     return options;
 }

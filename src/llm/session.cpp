@@ -30,7 +30,8 @@ ggml_type find_type(const std::string& name) {
 // Bytes that the logged rows take in f16: the log counts them in the type of the cache.
 double in_f16(double mib, const std::string& type_name) {
     const ggml_type type = find_type(type_name);
-    return mib * 1024 * 1024 * 2 * static_cast<double>(ggml_blck_size(type)) / static_cast<double>(ggml_type_size(type));
+    return mib * 1024 * 1024 * 2 * static_cast<double>(ggml_blck_size(type)) /
+           static_cast<double>(ggml_type_size(type));
 }
 
 double seconds_since(int64_t start_us) {
@@ -105,7 +106,8 @@ bool Session::interrupted() const {
 int Session::decode(const Token* tokens, int64_t n) {
     const LogCapture log;
     // llama_batch_get_one takes a pointer to non-const, but only reads.
-    const int result = llama_decode(ctx_.get(), llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n)));
+    const int result =
+        llama_decode(ctx_.get(), llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n)));
     if (result == 0) {
         cached_.insert(cached_.end(), tokens, tokens + n);
         return 0;
@@ -133,8 +135,7 @@ int64_t Session::keep_common(const std::vector<Token>& tokens) {
     // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
     // of the first token to be read is still there.
     const int64_t window = llama_model_n_swa(model_.get());
-    const bool forgotten =
-        window > 0 && llama_memory_seq_pos_min(memory, 0) > std::max<int64_t>(0, common - window);
+    const bool forgotten = window > 0 && llama_memory_seq_pos_min(memory, 0) > std::max<int64_t>(0, common - window);
     if (common == 0 || forgotten || !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(common), -1)) {
         clear();
         return 0;

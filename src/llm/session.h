@@ -17,8 +17,8 @@ namespace turboquant::llm {
 
 struct SessionOptions {
     KvChoice kv;
-    CachePlan plan;  // of the context wanted: its length and the head sizes
-    int threads = 0; // 0: default_threads()
+    CachePlan plan;                               // of the context wanted: its length and the head sizes
+    int threads = 0;                              // 0: default_threads()
     const std::atomic<bool>* interrupt = nullptr; // becomes true: stop what is running. Must outlive the session.
 };
 
@@ -44,7 +44,7 @@ struct Stats {
 };
 
 struct Answer {
-    std::string text;             // whole characters
+    std::string text; // whole characters
     Stop stop = Stop::end;
     std::vector<Token> undecoded; // chosen and part of the text, but not yet in the cache (at most one)
     Stats stats;

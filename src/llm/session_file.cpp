@@ -40,16 +40,17 @@ void Conversation::save(const std::string& path) const {
     for (const Turn& turn : turns_) {
         turns.push_back({turn.token, turn.text});
     }
-    const std::string head = json{{"model", session_.model().identity()},
-                                  {"kv", session_.kv().describe()},
-                                  {"messages", messages},
-                                  {"text", text_},
-                                  {"tokens", tokens_},
-                                  {"turns", turns},
-                                  {"cached", session_.cached()},
-                                  {"state_bytes", state.size()},
-                                  {"state_checksum", checksum(state)}}
-                                 .dump();
+    const std::string head = json{
+        {"model", session_.model().identity()},
+        {"kv", session_.kv().describe()},
+        {"messages", messages},
+        {"text", text_},
+        {"tokens", tokens_},
+        {"turns", turns},
+        {"cached", session_.cached()},
+        {"state_bytes", state.size()},
+        {"state_checksum",
+         checksum(state)}}.dump();
     // Written beside the old file and moved over it, so that a full disk does not cost the old one.
     const std::string part = path + ".part";
     std::ofstream file(part, std::ios::binary | std::ios::trunc);
