@@ -148,6 +148,7 @@ int info(const InfoFlags& flags) {
     }
     std::vector<std::string> names = llm::kv_overview();
     std::vector<llm::KvChoice> choices;
+    choices.reserve(names.size() + 1);
     for (const std::string& name : names) {
         choices.push_back(llm::parse_kv(name));
     }
@@ -162,6 +163,7 @@ int info(const InfoFlags& flags) {
     const llm::CachePlan plan = model.plan(llm::choose_context(model, flags.model.context));
     const llm::FreeMemory memory = llm::free_memory();
     std::vector<Row> rows;
+    rows.reserve(choices.size());
     for (const llm::KvChoice& choice : choices) {
         rows.push_back({choice, llm::kv_bytes(plan, choice), model.total_bytes(plan, choice),
                         memory.bytes < 0 ? 0 : model.largest_context(choice, memory.bytes)});
