@@ -140,6 +140,7 @@ public:
     struct Answer {
         std::vector<double> out;
         double terms = 0; // |sum of p |value||: what `out` would be if nothing cancelled
+        double reach = 0; // the largest scale * |q / lambda| |lambda key|: what a 16-bit query's step is multiplied with
     };
 
     // [query][head]
@@ -155,7 +156,7 @@ public:
 
     // Largest |out - oracle| / |oracle| over queries and heads; infinite where zeros or gaps are wrong. Where almost
     // everything cancels, a part of the terms' size is the yardstick: with few channels that happens by chance.
-    double worst_error(const std::vector<float>& out, const std::vector<Answer>& want) const {
+    double worst_error(const std::vector<float>& out, const std::vector<Answer>& want, bool integer_scores = false) const {
         const int64_t head_stride = out_size() + 1;
         const int64_t query_stride = head_stride * n_heads() + 2;
         double worst = 0;
@@ -173,6 +174,11 @@ public:
                     std::sqrt(difference) / std::max(std::sqrt(norm), (out_size() < 16 ? 0.5 : 0.1) * w.terms);
                 if (w.terms == 0) {
                     error = difference == 0 ? 0 : kWrong; // sees nothing: zeros
+                }
+                // A query's step is its largest element / 2^15, some 3.5 |q| / sqrt(d) / 2^15, and moves a score by reach
+                // times that over |q|; four standard deviations of it pass kIntTolerance from here on.
+                if (integer_scores) {
+                    error /= std::max(1.0, w.reach / (4 * std::sqrt(static_cast<double>(case_.head_size))));
                 }
                 if (std::isnan(error) || got[w.out.size()] != kUntouched) {
                     error = kWrong;
@@ -397,6 +403,7 @@ private:
         }
         std::vector<double> score(static_cast<size_t>(case_.rows), -std::numeric_limits<double>::infinity());
         double top = -std::numeric_limits<double>::infinity();
+        double reach = 0;
         for (int64_t r = 0; r < case_.rows; ++r) {
             const float bias = mask_.empty() ? 0.0f : from_half(mask_[static_cast<size_t>(query * mask_stride() + r)]);
             if (std::isinf(bias)) {
@@ -412,9 +419,10 @@ private:
                 s = case_.softcap * std::tanh(s / case_.softcap);
             }
             score[static_cast<size_t>(r)] = s + slope * bias;
+            reach = std::max(reach, reach_of(q, key, kv_head));
             top = std::max(top, score[static_cast<size_t>(r)]);
         }
-        Answer answer{std::vector<double>(static_cast<size_t>(out_size())), 0};
+        Answer answer{std::vector<double>(static_cast<size_t>(out_size())), 0, reach};
         std::vector<double> terms(answer.out.size());
         if (std::isinf(top)) {
             return answer;
@@ -436,6 +444,20 @@ private:
         }
         answer.terms = std::sqrt(squares) / sum;
         return answer;
+    }
+
+    double reach_of(const float* q, const std::vector<float>& key, int64_t kv_head) const {
+        const Conditioning& conditioning = k_.exact->conditioning();
+        const size_t at = static_cast<size_t>(kv_head * case_.head_size);
+        double query_norm = 0;
+        double key_norm = 0;
+        for (size_t c = 0; c < key.size(); ++c) {
+            const double lambda = conditioning.lambda.empty() ? 1.0 : conditioning.lambda[at + c];
+            const double mu = conditioning.mu.empty() ? 0.0 : conditioning.mu[at + c];
+            query_norm += q[c] / lambda * (q[c] / lambda);
+            key_norm += lambda * (key[c] - mu) * (lambda * (key[c] - mu));
+        }
+        return scale_ * std::sqrt(query_norm * key_norm);
     }
 
     Case case_;
@@ -469,7 +491,7 @@ inline std::string run_case(const Case& c, const std::vector<Isa>& isas, bool wi
     const auto want = setup.oracle();
     std::vector<float> out;
     const auto judge = [&](const Status& s, std::string_view who, double tolerance) {
-        const double error = s.ok() ? setup.worst_error(out, want) : 0;
+        const double error = s.ok() ? setup.worst_error(out, want, tolerance == kIntTolerance) : 0;
         if (!s.ok() || error > tolerance) {
             wrong << who << ": " << (s.ok() ? "error " + std::to_string(error) : s.message()) << " (" << c << ")\n";
         }
