@@ -112,6 +112,8 @@ LineEditor::Result LineEditor::read(const std::string& prompt, std::string& line
     }
     impl_->prompt = prompt;
     int count = 0;
+    // Before the prompt, not after it as libedit does: what is typed in between would be echoed twice.
+    el_set(impl_->editor, EL_PREP_TERM, 1);
     errno = 0;
     const char* text = el_gets(impl_->editor, &count);
     if (text == nullptr || count <= 0) {
