@@ -15,9 +15,9 @@ struct TqBufferTypeInterface {
     const char* (*get_name)(ggml_backend_buffer_type_t);
     ggml_backend_buffer_t (*alloc_buffer)(ggml_backend_buffer_type_t, size_t size);
     size_t (*get_alignment)(ggml_backend_buffer_type_t);
-    size_t (*get_max_size)(ggml_backend_buffer_type_t);                          // optional
-    size_t (*get_alloc_size)(ggml_backend_buffer_type_t, const ggml_tensor*);    // optional
-    bool (*is_host)(ggml_backend_buffer_type_t);                                 // optional
+    size_t (*get_max_size)(ggml_backend_buffer_type_t);                       // optional
+    size_t (*get_alloc_size)(ggml_backend_buffer_type_t, const ggml_tensor*); // optional
+    bool (*is_host)(ggml_backend_buffer_type_t);                              // optional
 };
 
 struct ggml_backend_buffer_type {
@@ -36,7 +36,7 @@ struct TqBufferInterface {
     void (*set_tensor_2d)(ggml_backend_buffer_t, ggml_tensor*, const void* data, size_t offset, size_t size,
                           size_t n_copies, size_t stride_tensor, size_t stride_data); // optional
     void (*get_tensor_2d)(ggml_backend_buffer_t, const ggml_tensor*, void* data, size_t offset, size_t size,
-                          size_t n_copies, size_t stride_tensor, size_t stride_data); // optional
+                          size_t n_copies, size_t stride_tensor, size_t stride_data);    // optional
     bool (*cpy_tensor)(ggml_backend_buffer_t, const ggml_tensor* src, ggml_tensor* dst); // optional
     void (*clear)(ggml_backend_buffer_t, uint8_t value);
     void (*reset)(ggml_backend_buffer_t); // optional
@@ -92,7 +92,7 @@ struct TqDeviceInterface {
     bool (*supports_op)(ggml_backend_dev_t, const ggml_tensor* op);
     bool (*supports_buft)(ggml_backend_dev_t, ggml_backend_buffer_type_t);
     bool (*offload_op)(ggml_backend_dev_t, const ggml_tensor* op); // optional
-    void* event_new; // events: optional, unused here
+    void* event_new;                                               // events: optional, unused here
     void* event_free;
     void* event_synchronize;
 };

@@ -26,13 +26,14 @@ constexpr std::array<Preset, 5> kPresets = {{
 
 // Others are read by tq and the Python package.
 constexpr std::array<std::string_view, 10> kKnown = {
-    "TURBOQUANT_KV",    "TURBOQUANT_WINDOW", "TURBOQUANT_SINKS",  "TURBOQUANT_SINK_SEQUENCES", "TURBOQUANT_HEAD_SIZE",
-    "TURBOQUANT_ISA",   "TURBOQUANT_MODEL",  "TURBOQUANT_PLUGIN", "TURBOQUANT_PROFILE",        "TURBOQUANT_HOST_CHECK",
+    "TURBOQUANT_KV",  "TURBOQUANT_WINDOW", "TURBOQUANT_SINKS",  "TURBOQUANT_SINK_SEQUENCES", "TURBOQUANT_HEAD_SIZE",
+    "TURBOQUANT_ISA", "TURBOQUANT_MODEL",  "TURBOQUANT_PLUGIN", "TURBOQUANT_PROFILE",        "TURBOQUANT_HOST_CHECK",
 };
 
 // A whole string of digits without sign.
 bool parse_number(std::string_view text, int& value) {
-    if (text.empty() || text.size() > 7 || !std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; })) {
+    if (text.empty() || text.size() > 7 ||
+        !std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; })) {
         return false;
     }
     value = std::atoi(std::string(text).c_str());
@@ -72,9 +73,10 @@ Status parse_kv(std::string_view text, Config& config) {
         config.value_bits = v;
         return {};
     }
-    return invalid("TURBOQUANT_KV=" + std::string(text) +
-                   " is not understood: use a preset (tq3 tq4 tq5 tq6) or key/value bits such as 4/4 or 5/4 (2 3 4 5 6 8; "
-                   "16/16 stores fp16 unchanged)");
+    return invalid(
+        "TURBOQUANT_KV=" + std::string(text) +
+        " is not understood: use a preset (tq3 tq4 tq5 tq6) or key/value bits such as 4/4 or 5/4 (2 3 4 5 6 8; "
+        "16/16 stores fp16 unchanged)");
 }
 
 Status parse_int(const char* name, int least, int most, int& value) {
@@ -84,8 +86,8 @@ Status parse_int(const char* name, int least, int most, int& value) {
     }
     int parsed = 0;
     if (!parse_number(text, parsed) || parsed < least || parsed > most) {
-        return invalid(std::string(name) + "=" + text + " is not a whole number from " + std::to_string(least) + " to " +
-                       std::to_string(most));
+        return invalid(std::string(name) + "=" + text + " is not a whole number from " + std::to_string(least) +
+                       " to " + std::to_string(most));
     }
     value = parsed;
     return {};
@@ -95,8 +97,8 @@ Status parse_int(const char* name, int least, int most, int& value) {
 
 std::string Config::summary() const {
     auto side = [](int bits) { return bits == 16 ? std::string("fp16") : std::to_string(bits) + " bits"; };
-    return "keys " + side(key_bits) + ", values " + side(value_bits) + ", window " + std::to_string(window) + ", sinks " +
-           std::to_string(sinks);
+    return "keys " + side(key_bits) + ", values " + side(value_bits) + ", window " + std::to_string(window) +
+           ", sinks " + std::to_string(sinks);
 }
 
 Status read_config(Config& config, std::string& unknown) {
@@ -114,9 +116,9 @@ Status read_config(Config& config, std::string& unknown) {
             return status;
         }
     }
-    for (const Status& status : {parse_int("TURBOQUANT_WINDOW", 0, 65536, config.window),
-                                 parse_int("TURBOQUANT_SINKS", 0, 1024, config.sinks),
-                                 parse_int("TURBOQUANT_SINK_SEQUENCES", 1, 4096, config.sequences)}) {
+    for (const Status& status :
+         {parse_int("TURBOQUANT_WINDOW", 0, 65536, config.window), parse_int("TURBOQUANT_SINKS", 0, 1024, config.sinks),
+          parse_int("TURBOQUANT_SINK_SEQUENCES", 1, 4096, config.sequences)}) {
         if (!status.ok()) {
             return status;
         }
@@ -124,7 +126,8 @@ Status read_config(Config& config, std::string& unknown) {
     if (const char* text = std::getenv("TURBOQUANT_HEAD_SIZE")) {
         if (!parse_pair(text, config.key_head_size, config.value_head_size) || config.key_head_size < 4 ||
             config.key_head_size > 1024 || config.value_head_size < 4 || config.value_head_size > 1024) {
-            return invalid(std::string("TURBOQUANT_HEAD_SIZE=") + text + " is not a head size from 4 to 1024, or two as key/value");
+            return invalid(std::string("TURBOQUANT_HEAD_SIZE=") + text +
+                           " is not a head size from 4 to 1024, or two as key/value");
         }
     }
     return default_isa(config.isa);

@@ -10,7 +10,7 @@
 namespace turboquant::plugin {
 
 struct Config {
-    int key_bits = 4;      // TURBOQUANT_KV: preset (tq3 tq4 tq5 tq6) or K/V bits; 16 is pass-through
+    int key_bits = 4; // TURBOQUANT_KV: preset (tq3 tq4 tq5 tq6) or K/V bits; 16 is pass-through
     int value_bits = 4;
     int window = 32;       // TURBOQUANT_WINDOW: rows kept exact, the most recently written of each stream
     int sinks = 4;         // TURBOQUANT_SINKS: first rows of each sequence kept exact

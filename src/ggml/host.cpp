@@ -47,9 +47,10 @@ Function registry_function(const char* name) {
 }
 
 Status mismatch(const std::string& what) {
-    return {StatusCode::unsupported, "this host's ggml " + std::string(ggml_version()) + " lays out its " + what +
-                                         " differently from what this plug-in was built for (ggml 0.25, back-end API 2): update "
-                                         "turboquant.cpp or use a tested llama.cpp; nothing was loaded"};
+    return {StatusCode::unsupported,
+            "this host's ggml " + std::string(ggml_version()) + " lays out its " + what +
+                " differently from what this plug-in was built for (ggml 0.25, back-end API 2): update "
+                "turboquant.cpp or use a tested llama.cpp; nothing was loaded"};
 }
 
 std::string file_of(void* symbol) {
@@ -97,7 +98,8 @@ ggml_backend_dev_t cpu_device() {
 }
 
 Status probe_host() {
-    if (const char* forced = std::getenv("TURBOQUANT_HOST_CHECK"); forced != nullptr && std::strcmp(forced, "fail") == 0) {
+    if (const char* forced = std::getenv("TURBOQUANT_HOST_CHECK");
+        forced != nullptr && std::strcmp(forced, "fail") == 0) {
         return mismatch("back-end objects (TURBOQUANT_HOST_CHECK=fail asked for this answer)");
     }
     // A buffer type and a buffer first: they need no registry.
@@ -125,9 +127,9 @@ Status probe_host() {
     }
     ggml_backend_dev_t device = cpu_device();
     if (device == nullptr) {
-        return {StatusCode::unsupported,
-                "the host has no CPU back end in a shared libggml (ggml linked statically?): use a llama.cpp built with shared "
-                "libraries"};
+        return {StatusCode::unsupported, "the host has no CPU back end in a shared libggml (ggml linked statically?): "
+                                         "use a llama.cpp built with shared "
+                                         "libraries"};
     }
     size_t free = 0;
     size_t total = 0;
@@ -162,7 +164,8 @@ Status probe_host() {
         return mismatch("back ends");
     }
     if (std::find(kTestedVersions.begin(), kTestedVersions.end(), ggml_version()) == kTestedVersions.end()) {
-        log_warning("ggml " + std::string(ggml_version()) + " was not tested with this plug-in (tested: 0.25.3); its layouts look right, "
+        log_warning("ggml " + std::string(ggml_version()) +
+                    " was not tested with this plug-in (tested: 0.25.3); its layouts look right, "
                     "going on");
     }
     return {};

@@ -19,7 +19,8 @@ std::atomic<int> g_live_kv_buffers{0};
 
 // "cache_k_l<N>" or "cache_v_l<N>". Caches with another name (recurrent state, indexers) stay plain.
 bool parse_kv_name(std::string_view name, Side& side) {
-    if (name.substr(0, 6) != "cache_" || name.size() < 10 || name.substr(7, 2) != "_l" || (name[6] != 'k' && name[6] != 'v')) {
+    if (name.substr(0, 6) != "cache_" || name.size() < 10 || name.substr(7, 2) != "_l" ||
+        (name[6] != 'k' && name[6] != 'v')) {
         return false;
     }
     side = name[6] == 'k' ? Side::key : Side::value;
@@ -117,7 +118,8 @@ void report(const Status& status) {
     }
 }
 
-void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset,
+                          size_t size) {
     const std::lock_guard lock(context_of(buffer)->mutex);
     const TensorRange range = range_of(tensor, offset);
     if (value != 0) {
@@ -127,7 +129,8 @@ void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uin
     report(range.tensor->zero_bytes(range.offset, size));
 }
 
-void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset,
+                       size_t size) {
     const std::lock_guard lock(context_of(buffer)->mutex);
     const TensorRange range = range_of(tensor, offset);
     const Status status = range.tensor->write_bytes(range.offset, size, static_cast<const uint8_t*>(data));
@@ -137,7 +140,8 @@ void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const 
     }
 }
 
-void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset,
+                       size_t size) {
     const std::lock_guard lock(context_of(buffer)->mutex);
     const TensorRange range = range_of(tensor, offset);
     report(range.tensor->read_bytes(range.offset, size, static_cast<uint8_t*>(data)));
@@ -209,7 +213,8 @@ ggml_backend_buffer_t allocate_kv(size_t size) {
         return nullptr;
     }
     if (!unknown.empty()) {
-        log_error("unknown settings " + unknown + ": known are TURBOQUANT_KV, _WINDOW, _SINKS, _SINK_SEQUENCES, _HEAD_SIZE, _ISA; "
+        log_error("unknown settings " + unknown +
+                  ": known are TURBOQUANT_KV, _WINDOW, _SINKS, _SINK_SEQUENCES, _HEAD_SIZE, _ISA; "
                   "correct or unset them");
         return nullptr;
     }
@@ -223,7 +228,8 @@ ggml_backend_buffer_t allocate_kv(size_t size) {
     kv->size = size;
     log_info("KV cache: " + kv->config.summary() + " (" + std::string(isa_name(kv->config.isa)) + ")");
     if (host_asserts_sizes()) {
-        log_info("this is a debug build of ggml: the KV size it reports is that of the uncompressed cache; the memory used is the "
+        log_info("this is a debug build of ggml: the KV size it reports is that of the uncompressed cache; the memory "
+                 "used is the "
                  "compressed one");
     }
     ++g_live_kv_buffers;
@@ -238,9 +244,10 @@ ggml_backend_buffer_t type_alloc_buffer(ggml_backend_buffer_type_t, size_t size)
         return ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     }
     if (!plain_type(refused)) {
-        log_error("the host was told to store the KV cache as " + std::string(ggml_type_name(refused)) +
-                  ", but TurboQuant is to store it: leave the cache types at f16 (-ctk f16 -ctv f16) and choose bits with "
-                  "TURBOQUANT_KV");
+        log_error(
+            "the host was told to store the KV cache as " + std::string(ggml_type_name(refused)) +
+            ", but TurboQuant is to store it: leave the cache types at f16 (-ctk f16 -ctv f16) and choose bits with "
+            "TURBOQUANT_KV");
         return nullptr;
     }
     return allocate_kv(size);

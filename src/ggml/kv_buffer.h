@@ -92,7 +92,7 @@ struct KvBuffer {
 
 // A tensor of ours behind a (view of a) ggml tensor: found at the root of its view chain.
 struct KvRef {
-    bool is_kv = false;        // a KV tensor of this plug-in, allocated or only measured
+    bool is_kv = false;         // a KV tensor of this plug-in, allocated or only measured
     KvBuffer* buffer = nullptr; // null while the host only measures (no_alloc)
     KvTensor* tensor = nullptr;
 };

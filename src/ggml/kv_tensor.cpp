@@ -22,8 +22,14 @@ StoreOptions options_of(Side side, const Config& config, int64_t streams) {
 } // namespace
 
 KvTensor::KvTensor(const ggml_tensor& tensor, Side side, const Config& config)
-    : name_(tensor.name), side_(side), config_(config), elements_(static_cast<int>(tensor.ne[0])), cells_(tensor.ne[1]),
-      streams_(tensor.ne[2]), type_(tensor.type), row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {}
+    : name_(tensor.name),
+      side_(side),
+      config_(config),
+      elements_(static_cast<int>(tensor.ne[0])),
+      cells_(tensor.ne[1]),
+      streams_(tensor.ne[2]),
+      type_(tensor.type),
+      row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {}
 
 Status KvTensor::reserve_bytes(const ggml_tensor& tensor, Side side, const Config& config, size_t& bytes) {
     const int elements = static_cast<int>(tensor.ne[0]);
@@ -54,7 +60,9 @@ Status KvTensor::reserve_bytes(const ggml_tensor& tensor, Side side, const Confi
             }
         }
     }
-    return bytes > 0 ? Status{} : invalid("a row of " + std::to_string(elements) + " elements fits no head size that TurboQuant serves");
+    return bytes > 0
+               ? Status{}
+               : invalid("a row of " + std::to_string(elements) + " elements fits no head size that TurboQuant serves");
 }
 
 Status KvTensor::set_head_size(int head_size) {
@@ -73,14 +81,16 @@ Status KvTensor::set_head_size(int head_size) {
     }
     std::vector<std::unique_ptr<Store>> stores(static_cast<size_t>(streams_));
     for (auto& store : stores) {
-        Status status = Store::create(shape_of(side_, elements_, cells_, head_size), options_of(side_, config_, streams_), {}, store);
+        Status status = Store::create(shape_of(side_, elements_, cells_, head_size),
+                                      options_of(side_, config_, streams_), {}, store);
         if (!status.ok()) {
             return {status.code(), name_ + ": " + status.message()};
         }
         if (store->native_row_bytes() > row_bytes_) {
-            return {StatusCode::unsupported, name_ + ": rows of " + std::to_string(elements_) +
-                                                 " elements are too short to be saved compressed: run this model without the "
-                                                 "TurboQuant device (--device none)"};
+            return {StatusCode::unsupported,
+                    name_ + ": rows of " + std::to_string(elements_) +
+                        " elements are too short to be saved compressed: run this model without the "
+                        "TurboQuant device (--device none)"};
         }
     }
     stores_ = std::move(stores);
@@ -139,9 +149,11 @@ Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
     // Rows that come together are one sequence's: younger than all that is there, whatever the host removed meanwhile.
     const size_t until_row = (row_bytes_ - offset % row_bytes_) % row_bytes_;
     int64_t age_shift = 0;
-    if (!stores_.empty() && size >= until_row + row_bytes_ && offset / row_bytes_ < static_cast<size_t>(cells_ * streams_)) {
+    if (!stores_.empty() && size >= until_row + row_bytes_ &&
+        offset / row_bytes_ < static_cast<size_t>(cells_ * streams_)) {
         const Store& store = *stores_[offset / row_bytes_ / static_cast<size_t>(cells_)];
-        age_shift = store.restored_age_shift(data + until_row, row_bytes_, static_cast<int64_t>((size - until_row) / row_bytes_));
+        age_shift = store.restored_age_shift(data + until_row, row_bytes_,
+                                             static_cast<int64_t>((size - until_row) / row_bytes_));
     }
     while (size > 0) {
         const int64_t row = static_cast<int64_t>(offset / row_bytes_);

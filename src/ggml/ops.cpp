@@ -25,7 +25,8 @@ Status no_store(const KvTensor& tensor) {
 
 int64_t index_at(const ggml_tensor* indices, int64_t i) {
     const char* at = static_cast<const char*>(indices->data) + static_cast<size_t>(i) * indices->nb[0];
-    return indices->type == GGML_TYPE_I64 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+    return indices->type == GGML_TYPE_I64 ? *reinterpret_cast<const int64_t*>(at)
+                                          : *reinterpret_cast<const int32_t*>(at);
 }
 
 float op_float(const ggml_tensor* op, int index) {
@@ -54,12 +55,14 @@ int64_t count_visible(const uint16_t* mask, int64_t n, int64_t enough) {
 // Refuses to attend to a row that could not be restored.
 Status check_damaged(const KvTensor& tensor, int64_t stream, const AttentionCall& call) {
     const int64_t first = stream * tensor.cells();
-    for (auto row = tensor.damaged().lower_bound(first); row != tensor.damaged().end() && *row < first + call.n_rows; ++row) {
+    for (auto row = tensor.damaged().lower_bound(first); row != tensor.damaged().end() && *row < first + call.n_rows;
+         ++row) {
         for (int64_t i = 0; i < call.n_queries; ++i) {
             if (call.mask == nullptr || call.mask[i * call.mask_query_stride + *row - first] != kHalfMinusInfinity) {
-                return invalid(tensor.name() + ": row " + std::to_string(*row) +
-                               " could not be restored from the saved state (see the message above): clear the sequence and read "
-                               "the prompt again");
+                return invalid(
+                    tensor.name() + ": row " + std::to_string(*row) +
+                    " could not be restored from the saved state (see the message above): clear the sequence and read "
+                    "the prompt again");
             }
         }
     }
@@ -112,7 +115,8 @@ Status OpContext::set_rows(const ggml_tensor* op) {
     for (int64_t begin = 0; begin < n;) {
         const int64_t stream = index_at(indices, begin) / tensor.cells();
         if (stream < 0 || stream >= tensor.streams()) {
-            return invalid(tensor.name() + ": row index " + std::to_string(index_at(indices, begin)) + " is outside the cache");
+            return invalid(tensor.name() + ": row index " + std::to_string(index_at(indices, begin)) +
+                           " is outside the cache");
         }
         cells_.clear();
         int64_t end = begin;
@@ -156,13 +160,13 @@ OpContext::Batch* OpContext::find_batch(Side side, int64_t stream, const Store* 
 
 // A sequence's first rows are those whose own query sees at most `sinks` columns of the mask: positions are not known
 // here, and several sequences may share a stream.
-Status OpContext::pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batch, int64_t n_queries, int64_t n_rows, Store& k,
-                                 Store* v, Batch* k_batch, Batch* v_batch, int sinks) {
+Status OpContext::pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batch, int64_t n_queries, int64_t n_rows,
+                                 Store& k, Store* v, Batch* k_batch, Batch* v_batch, int sinks) {
     for (int64_t i = 0; i < n_queries; ++i) {
         if (mask != nullptr) {
-            const auto* row = reinterpret_cast<const uint16_t*>(static_cast<const char*>(mask->data) +
-                                                                static_cast<size_t>(i) * mask->nb[1] +
-                                                                static_cast<size_t>(stream_in_batch % mask->ne[3]) * mask->nb[3]);
+            const auto* row = reinterpret_cast<const uint16_t*>(
+                static_cast<const char*>(mask->data) + static_cast<size_t>(i) * mask->nb[1] +
+                static_cast<size_t>(stream_in_batch % mask->ne[3]) * mask->nb[3]);
             if (count_visible(row, n_rows, sinks + 1) > sinks) {
                 continue;
             }
@@ -170,13 +174,15 @@ Status OpContext::pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batc
             continue;
         }
         if (k_batch != nullptr) {
-            if (Status status = k.pin(k_batch->cells[static_cast<size_t>(i)], k_batch->staged ? &k_batch->staging : nullptr);
+            if (Status status =
+                    k.pin(k_batch->cells[static_cast<size_t>(i)], k_batch->staged ? &k_batch->staging : nullptr);
                 !status.ok()) {
                 return status;
             }
         }
         if (v != nullptr && v_batch != nullptr) {
-            if (Status status = v->pin(v_batch->cells[static_cast<size_t>(i)], v_batch->staged ? &v_batch->staging : nullptr);
+            if (Status status =
+                    v->pin(v_batch->cells[static_cast<size_t>(i)], v_batch->staged ? &v_batch->staging : nullptr);
                 !status.ok()) {
                 return status;
             }
@@ -211,7 +217,8 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
     const int64_t first_stream = static_cast<int64_t>(k->view_offs / stream_bytes);
     if (k->view_offs % stream_bytes != 0 || first_stream + k->ne[3] > keys.tensor->streams() ||
         (shared && v->view_offs != k->view_offs) || k->ne[1] > keys.tensor->cells()) {
-        return {StatusCode::unsupported, std::string("attention over a part of ") + keys.tensor->name() + " that does not start at its first row"};
+        return {StatusCode::unsupported, std::string("attention over a part of ") + keys.tensor->name() +
+                                             " that does not start at its first row"};
     }
 
     for (int64_t s = 0; s < k->ne[3]; ++s) {
@@ -248,15 +255,16 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
         }
         const int sinks = keys.tensor->config().sinks;
         if (sinks > 0 && k_store.options().sink_slots > 0) {
-            Status status = pin_first_rows(mask, s, call.n_queries, call.n_rows, k_store, shared ? nullptr : &v_store, k_batch,
-                                           v_batch, sinks);
+            Status status = pin_first_rows(mask, s, call.n_queries, call.n_rows, k_store, shared ? nullptr : &v_store,
+                                           k_batch, v_batch, sinks);
             if (!status.ok()) {
                 return status;
             }
         }
         call.k_staging = k_batch != nullptr && k_batch->staged ? &k_batch->staging : nullptr;
         call.v_staging = shared ? call.k_staging : v_batch != nullptr && v_batch->staged ? &v_batch->staging : nullptr;
-        if (Status status = attend(k_store, v_store, call, workspace_, parallel(), keys.tensor->config().isa); !status.ok()) {
+        if (Status status = attend(k_store, v_store, call, workspace_, parallel(), keys.tensor->config().isa);
+            !status.ok()) {
             return {status.code(), keys.tensor->name() + ": " + status.message()};
         }
         // Layers that read these rows again without writing them see the stores as they are now.
@@ -288,7 +296,8 @@ Status OpContext::rope(const ggml_tensor* op) {
     KvTensor& tensor = *kv.tensor;
     const int64_t n_rows = tensor.cells() * tensor.streams();
     if (view->ne[2] != n_rows || shifts->ne[0] != n_rows || shifts->type != GGML_TYPE_I32) {
-        return {StatusCode::unsupported, tensor.name() + ": a shift of part of the cache, or with several positions a row"};
+        return {StatusCode::unsupported,
+                tensor.name() + ": a shift of part of the cache, or with several positions a row"};
     }
     if (tensor.store(0) == nullptr) {
         return no_store(tensor);
@@ -316,8 +325,10 @@ Status OpContext::rope(const ggml_tensor* op) {
     std::vector<float> values(static_cast<size_t>(tensor.elements()));
     for (size_t begin = 0; begin < todo.size(); begin += kRows) {
         const int64_t n = std::min<int64_t>(kRows, static_cast<int64_t>(todo.size() - begin));
-        const size_t bytes = static_cast<size_t>(n * heads * channels) * sizeof(float) + static_cast<size_t>(n) * sizeof(int32_t);
-        ggml_context* ctx = ggml_init({bytes + 8 * ggml_tensor_overhead() + ggml_graph_overhead() + 4096, nullptr, false});
+        const size_t bytes =
+            static_cast<size_t>(n * heads * channels) * sizeof(float) + static_cast<size_t>(n) * sizeof(int32_t);
+        ggml_context* ctx =
+            ggml_init({bytes + 8 * ggml_tensor_overhead() + ggml_graph_overhead() + 4096, nullptr, false});
         if (ctx == nullptr) {
             return {StatusCode::out_of_memory, "no memory to shift the context"};
         }
@@ -333,11 +344,13 @@ Status OpContext::rope(const ggml_tensor* op) {
             }
             for (int64_t h = 0; h < heads; ++h) {
                 std::memcpy(static_cast<float*>(x->data) + (i * heads + h) * channels,
-                            values.data() + h * head_size + first_channel, static_cast<size_t>(channels) * sizeof(float));
+                            values.data() + h * head_size + first_channel,
+                            static_cast<size_t>(channels) * sizeof(float));
             }
         }
-        ggml_tensor* turned = ggml_rope_ext_inplace(ctx, x, positions, const_cast<ggml_tensor*>(factors), static_cast<int>(channels),
-                                                    0, 0, 10000.0F, 1.0F, 0.0F, 1.0F, 0.0F, 0.0F);
+        ggml_tensor* turned =
+            ggml_rope_ext_inplace(ctx, x, positions, const_cast<ggml_tensor*>(factors), static_cast<int>(channels), 0,
+                                  0, 10000.0F, 1.0F, 0.0F, 1.0F, 0.0F, 0.0F);
         std::memcpy(turned->op_params, op->op_params, sizeof turned->op_params);
         ggml_cgraph* graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, turned);

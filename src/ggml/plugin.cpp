@@ -42,16 +42,13 @@ Status compute_node(BackendContext& context, const ggml_tensor* node) {
     case GGML_OP_VIEW:
     case GGML_OP_RESHAPE:
     case GGML_OP_PERMUTE:
-    case GGML_OP_TRANSPOSE:
-        return {};
-    case GGML_OP_SET_ROWS:
-        return context.ops.set_rows(node);
-    case GGML_OP_FLASH_ATTN_EXT:
-        return context.ops.flash_attention(node);
-    case GGML_OP_ROPE:
-        return context.ops.rope(node);
+    case GGML_OP_TRANSPOSE: return {};
+    case GGML_OP_SET_ROWS: return context.ops.set_rows(node);
+    case GGML_OP_FLASH_ATTN_EXT: return context.ops.flash_attention(node);
+    case GGML_OP_ROPE: return context.ops.rope(node);
     default:
-        return {StatusCode::unsupported, std::string("the host sent the operation ") + ggml_op_name(node->op) + ", which was never offered"};
+        return {StatusCode::unsupported,
+                std::string("the host sent the operation ") + ggml_op_name(node->op) + ", which was never offered"};
     }
 }
 
@@ -98,7 +95,8 @@ constexpr TqBackendInterface kBackendInterface = {
 };
 
 ggml_guid_t backend_guid() {
-    static ggml_guid guid = {0x74, 0x75, 0x72, 0x62, 0x6f, 0x71, 0x75, 0x61, 0x6e, 0x74, 0x2e, 0x63, 0x70, 0x70, 0x00, 0x01};
+    static ggml_guid guid = {0x74, 0x75, 0x72, 0x62, 0x6f, 0x71, 0x75, 0x61,
+                             0x6e, 0x74, 0x2e, 0x63, 0x70, 0x70, 0x00, 0x01};
     return &guid;
 }
 
@@ -110,7 +108,8 @@ void set_n_threads(ggml_backend_t backend, int n_threads) {
     if (!context.placement_checked) {
         context.placement_checked = true;
         if (live_kv_buffers() == 0) {
-            log_warning("no KV cache was placed on the device TQ0, so nothing is compressed: give it all layers (-ngl 99, and no -nkvo; "
+            log_warning("no KV cache was placed on the device TQ0, so nothing is compressed: give it all layers (-ngl "
+                        "99, and no -nkvo; "
                         "llama-cpp-python: n_gpu_layers=-1, offload_kqv=True), or the model has no attention");
         }
     }
@@ -149,7 +148,8 @@ void device_props(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t device, const char* /*params*/) {
     auto context = std::make_unique<BackendContext>();
-    return new ggml_backend{.guid = backend_guid(), .iface = kBackendInterface, .device = device, .context = context.release()};
+    return new ggml_backend{
+        .guid = backend_guid(), .iface = kBackendInterface, .device = device, .context = context.release()};
 }
 
 ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
@@ -210,7 +210,10 @@ void* reg_proc_address(ggml_backend_reg_t, const char* name) {
 
 ggml_backend_reg g_reg = {
     .api_version = kGgmlBackendApiVersion,
-    .iface = {.get_name = reg_name, .get_device_count = reg_device_count, .get_device = reg_device, .get_proc_address = reg_proc_address},
+    .iface = {.get_name = reg_name,
+              .get_device_count = reg_device_count,
+              .get_device = reg_device,
+              .get_proc_address = reg_proc_address},
     .context = nullptr,
 };
 

@@ -11,9 +11,9 @@ namespace {
     throw std::runtime_error("turboquant: " + message);
 }
 
-constexpr const char* kNeedsFlashAttention =
-    "TurboQuant needs flash attention, and it is off: turn it on (llama.cpp: -fa on; llama-cpp-python: flash_attn=True; libllama: "
-    "flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED)";
+constexpr const char* kNeedsFlashAttention = "TurboQuant needs flash attention, and it is off: turn it on (llama.cpp: "
+                                             "-fa on; llama-cpp-python: flash_attn=True; libllama: "
+                                             "flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED)";
 
 void check(const Status& status) {
     if (!status.ok()) {
@@ -30,7 +30,8 @@ void learn_head_size(const KvRef& kv, int64_t head_size) {
 }
 
 bool is_view(ggml_op op) {
-    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
+    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE ||
+           op == GGML_OP_TRANSPOSE;
 }
 
 bool supports_set_rows(const ggml_tensor* op, const KvRef& target) {
@@ -41,8 +42,8 @@ bool supports_set_rows(const ggml_tensor* op, const KvRef& target) {
     }
     if ((rows->type != GGML_TYPE_F32 && rows->type != GGML_TYPE_F16) ||
         (indices->type != GGML_TYPE_I64 && indices->type != GGML_TYPE_I32) || rows->ne[2] != 1 || rows->ne[3] != 1) {
-        refuse(std::string("rows of type ") + ggml_type_name(rows->type) + " with more than two dimensions cannot be written to " +
-               op->name);
+        refuse(std::string("rows of type ") + ggml_type_name(rows->type) +
+               " with more than two dimensions cannot be written to " + op->name);
     }
     if (target.tensor != nullptr && op->ne[0] != target.tensor->elements()) {
         refuse("the model writes rows of " + std::to_string(op->ne[0]) + " elements into " + target.tensor->name() +
@@ -59,11 +60,13 @@ bool supports_flash_attention(const ggml_tensor* op) {
     const KvRef keys = find_kv(k);
     const KvRef values = find_kv(v);
     if (!keys.is_kv || !values.is_kv) {
-        refuse("this model attends to keys and values of which only one is in the KV cache: run it without the TurboQuant device "
+        refuse("this model attends to keys and values of which only one is in the KV cache: run it without the "
+               "TurboQuant device "
                "(--device none)");
     }
     if (q->type != GGML_TYPE_F32 || (mask != nullptr && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) {
-        refuse("this model's attention has a query that is not fp32 or a mask for each head: run it without the TurboQuant device "
+        refuse("this model's attention has a query that is not fp32 or a mask for each head: run it without the "
+               "TurboQuant device "
                "(--device none)");
     }
     learn_head_size(keys, k->ne[0]);
@@ -91,17 +94,14 @@ bool supports_op(const ggml_tensor* op) {
         return false;
     }
     switch (op->op) {
-    case GGML_OP_FLASH_ATTN_EXT:
-        return supports_flash_attention(op);
+    case GGML_OP_FLASH_ATTN_EXT: return supports_flash_attention(op);
     case GGML_OP_ROPE:
         if (target.is_kv) {
             return true;
         }
         break;
-    case GGML_OP_MUL_MAT:
-        refuse(kNeedsFlashAttention);
-    default:
-        break;
+    case GGML_OP_MUL_MAT: refuse(kNeedsFlashAttention);
+    default: break;
     }
     refuse(std::string("this model reads its KV cache with the operation ") + ggml_op_name(op->op) +
            ", which TurboQuant does not have: run it without the TurboQuant device (--device none)");
