@@ -140,7 +140,8 @@ public:
     struct Answer {
         std::vector<double> out;
         double terms = 0; // |sum of p |value||: what `out` would be if nothing cancelled
-        double reach = 0; // the largest scale * |q / lambda| |lambda key|: what a 16-bit query's step is multiplied with
+        double reach =
+            0; // the largest scale * |q / lambda| |lambda key|: what a 16-bit query's step is multiplied with
     };
 
     // [query][head]
@@ -156,7 +157,8 @@ public:
 
     // Largest |out - oracle| / |oracle| over queries and heads; infinite where zeros or gaps are wrong. Where almost
     // everything cancels, a part of the terms' size is the yardstick: with few channels that happens by chance.
-    double worst_error(const std::vector<float>& out, const std::vector<Answer>& want, bool integer_scores = false) const {
+    double worst_error(const std::vector<float>& out, const std::vector<Answer>& want,
+                       bool integer_scores = false) const {
         const int64_t head_stride = out_size() + 1;
         const int64_t query_stride = head_stride * n_heads() + 2;
         double worst = 0;

@@ -12,17 +12,28 @@ namespace tqtest {
 namespace {
 
 const char* const kText =
-    "The lighthouse stood at the end of a long spit of gravel, and in winter the road to it was under water twice a day. Martha "
-    "had kept the lamp for eleven years. She knew the sound each wind made in the gallery rails, and she could tell from the "
-    "kitchen whether the glass needed cleaning. When the harbour board wrote that the light would be run by a machine, she read "
-    "the letter twice, put it under the clock, and went up to trim the wick as she did every evening. The machine arrived in "
-    "March on a flat cart. It was a grey box no larger than a suitcase, with a row of small lamps and a paper drum that turned "
-    "once an hour. Two men bolted it to the floor and showed her how the drum recorded the weather. For a month both of them "
-    "kept the light, the woman and the box, and neither made a mistake. In April a fog came in that lasted nine days. On the "
-    "third night a fishing boat lost its rudder and drifted toward the spit, and because the box could measure only what it "
-    "was built to measure, it wrote a line on its drum and did nothing else. Martha heard the engine stop. She lit the old "
-    "horn, which nobody had told her to remove, and blew it every minute until the boat answered. Afterwards the board asked "
-    "her what signal had made her act. She said there had been no signal, only a silence in a place where there should have "
+    "The lighthouse stood at the end of a long spit of gravel, and in winter the road to it was under water twice a "
+    "day. Martha "
+    "had kept the lamp for eleven years. She knew the sound each wind made in the gallery rails, and she could tell "
+    "from the "
+    "kitchen whether the glass needed cleaning. When the harbour board wrote that the light would be run by a machine, "
+    "she read "
+    "the letter twice, put it under the clock, and went up to trim the wick as she did every evening. The machine "
+    "arrived in "
+    "March on a flat cart. It was a grey box no larger than a suitcase, with a row of small lamps and a paper drum "
+    "that turned "
+    "once an hour. Two men bolted it to the floor and showed her how the drum recorded the weather. For a month both "
+    "of them "
+    "kept the light, the woman and the box, and neither made a mistake. In April a fog came in that lasted nine days. "
+    "On the "
+    "third night a fishing boat lost its rudder and drifted toward the spit, and because the box could measure only "
+    "what it "
+    "was built to measure, it wrote a line on its drum and did nothing else. Martha heard the engine stop. She lit the "
+    "old "
+    "horn, which nobody had told her to remove, and blew it every minute until the boat answered. Afterwards the board "
+    "asked "
+    "her what signal had made her act. She said there had been no signal, only a silence in a place where there should "
+    "have "
     "been a noise, and that a person who listens for eleven years learns to hear what is missing.";
 
 // The F32 copy, made once (540 MB). Empty if it cannot be made.
@@ -31,8 +42,10 @@ std::string full_precision_model() {
     const std::filesystem::path target = folder / "smollm2-f32.gguf";
     std::filesystem::create_directories(folder);
     if (!std::filesystem::exists(target)) {
-        const Outcome run = run_program({environment("TQ_TEST_PYTHON"), environment("TQ_TEST_SCRIPTS") + "/models/make_models.py", "--dequantize",
-                                         environment("TQ_TEST_SMOLLM2"), target.string()}, {}, 100);
+        const Outcome run =
+            run_program({environment("TQ_TEST_PYTHON"), environment("TQ_TEST_SCRIPTS") + "/models/make_models.py",
+                         "--dequantize", environment("TQ_TEST_SMOLLM2"), target.string()},
+                        {}, 100);
         EXPECT_EQ(run.status, 0) << run.err;
     }
     return std::filesystem::exists(target) ? target.string() : std::string();
@@ -70,9 +83,11 @@ TEST_F(Fidelity, AgainstTheStockCache) {
     const Difference pass_pieces = compare(run(plugin.get(), {"16/16"}, 32), reference, vocabulary);
     const Difference eight = compare(run(plugin.get(), {"8/8", 32, 4}, 0), reference, vocabulary);
     const Difference four = compare(run(plugin.get(), {"4/4", 32, 4}, 0), reference, vocabulary);
-    std::printf("%zu tokens, mean KLD against the stock f16 cache: host between batchings %.2e, pass-through %.2e and %.2e, 8/8 %.2e, "
+    std::printf("%zu tokens, mean KLD against the stock f16 cache: host between batchings %.2e, pass-through %.2e and "
+                "%.2e, 8/8 %.2e, "
                 "4/4 %.2e (same top token %.3f)\n",
-                tokens.size(), batching.mean_kld, pass.mean_kld, pass_pieces.mean_kld, eight.mean_kld, four.mean_kld, four.same_top);
+                tokens.size(), batching.mean_kld, pass.mean_kld, pass_pieces.mean_kld, eight.mean_kld, four.mean_kld,
+                four.same_top);
     EXPECT_LE(pass.mean_kld, 5e-6);
     EXPECT_LE(pass_pieces.mean_kld, 5e-6);
     // Measured: 9e-6 where the host's batchings differ by 3e-6.
@@ -85,7 +100,8 @@ TEST_F(Fidelity, AgainstTheStockCache) {
 TEST_F(Fidelity, ParallelSequencesAgreeWithEachAlone) {
     std::vector<Tokens> parts;
     for (size_t i = 0; i + 40 <= tokens.size() && parts.size() < 4; i += 40) {
-        parts.emplace_back(tokens.begin() + static_cast<std::ptrdiff_t>(i), tokens.begin() + static_cast<std::ptrdiff_t>(i + 40));
+        parts.emplace_back(tokens.begin() + static_cast<std::ptrdiff_t>(i),
+                           tokens.begin() + static_cast<std::ptrdiff_t>(i + 40));
     }
     // A code that flips by rounding noise in one layer moves the next layer's inputs by as much as quantising does: after
     // 30 layers two runs that differ by 1e-7 differ by the codec's own error. That, against f16, is the bound.
@@ -103,7 +119,8 @@ TEST_F(Fidelity, ParallelSequencesAgreeWithEachAlone) {
             own = std::max(own, compare(alone[s], plain[s], vocabulary).mean_kld);
         }
         for (const bool unified : {false, true}) {
-            const Context context = make_context(plugin.get(), {.n_ctx = 1024, .n_seq_max = 4, .unified = unified, .threads = 2}, cache);
+            const Context context =
+                make_context(plugin.get(), {.n_ctx = 1024, .n_seq_max = 4, .unified = unified, .threads = 2}, cache);
             ASSERT_TRUE(context);
             const std::vector<Logits> together = decode_together(context.get(), parts, 16);
             ASSERT_EQ(together.size(), parts.size());

@@ -291,7 +291,8 @@ Difference compare(const Logits& a, const Logits& reference, int vocabulary) {
         }
         d.mean_kld += kld / static_cast<double>(rows);
         d.max_kld = std::max(d.max_kld, kld);
-        d.same_top += (std::max_element(x, x + v) - x == std::max_element(y, y + v) - y) ? 1.0 / static_cast<double>(rows) : 0;
+        d.same_top +=
+            (std::max_element(x, x + v) - x == std::max_element(y, y + v) - y) ? 1.0 / static_cast<double>(rows) : 0;
     }
     d.relative = std::sqrt(error / power);
     return d;
@@ -413,7 +414,8 @@ Outcome run_program(const std::vector<std::string>& command, const std::vector<s
     std::string* texts[2] = {&run.out, &run.err};
     bool killed = false;
     for (int open = 2; open > 0;) {
-        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+        const auto left =
+            std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
         if (left.count() <= 0 && !killed) {
             kill(child, SIGKILL);
             killed = true;

@@ -87,10 +87,10 @@ std::vector<Logits> decode_together(llama_context* context, const std::vector<To
 Tokens generate(llama_context* context, const Tokens& prompt, int n, const Feed& feed = {});
 
 struct Difference {
-    double relative = 0;  // rms(a - b) / rms(b - mean of its row), over everything
-    double mean_kld = 0;  // of softmax(b) against softmax(a)
+    double relative = 0; // rms(a - b) / rms(b - mean of its row), over everything
+    double mean_kld = 0; // of softmax(b) against softmax(a)
     double max_kld = 0;
-    double same_top = 0;  // share of positions with the same most likely token
+    double same_top = 0; // share of positions with the same most likely token
 };
 Difference compare(const Logits& a, const Logits& reference, int vocabulary);
 bool all_finite(const Logits& logits);

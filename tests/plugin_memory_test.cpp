@@ -16,7 +16,7 @@ struct Measured {
 
 Measured measure(const std::string& model, const std::string& host) {
     const Outcome run = run_program({environment("TQ_TEST_CHILD"), "memory", model, host, std::to_string(kTokens)},
-                                {"TQ_TEST_VERBOSE=1"}, 110);
+                                    {"TQ_TEST_VERBOSE=1"}, 110);
     EXPECT_EQ(run.status, 0) << run.err;
     Measured m;
     const std::regex size("KV buffer size =\\s*([0-9.]+) MiB");

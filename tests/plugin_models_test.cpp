@@ -26,9 +26,9 @@ void PrintTo(const Case& c, std::ostream* out) {
 }
 
 constexpr Case kCases[] = {
-    {"llama_64"}, {"llama_80"},      {"llama_96"},      {"llama_128"}, {"llama_group16"}, {"gemma2"},
-    {"gemma3"},   {"gemma4", true, true},        {"qwen2"},         {"qwen3"},     {"jamba"},         {"mamba", false},
-    {"bloom"},    {"deepseek2_mla"}, {"deepseek2_mha"}, {"gpt_oss"},   {"deci"},
+    {"llama_64"}, {"llama_80"},           {"llama_96"},      {"llama_128"}, {"llama_group16"}, {"gemma2"},
+    {"gemma3"},   {"gemma4", true, true}, {"qwen2"},         {"qwen3"},     {"jamba"},         {"mamba", false},
+    {"bloom"},    {"deepseek2_mla"},      {"deepseek2_mha"}, {"gpt_oss"},   {"deci"},
 };
 
 constexpr int kTokens = 200;
@@ -67,7 +67,8 @@ TEST_P(TinyModel, PassThroughEqualsTheStockCache) {
     }
     for (const int chunk : kChunks) {
         const Difference d = against(run(plugin.get(), {"16/16"}, chunk), reference);
-        std::printf("%s chunk %d: pass-through %.2e, the host's own batchings %.2e\n", GetParam().name, chunk, d.relative, noise);
+        std::printf("%s chunk %d: pass-through %.2e, the host's own batchings %.2e\n", GetParam().name, chunk,
+                    d.relative, noise);
         EXPECT_LE(d.relative, noise) << "chunk " << chunk;
         EXPECT_LE(d.mean_kld, 5e-6) << "chunk " << chunk;
     }
@@ -79,8 +80,8 @@ TEST_P(TinyModel, BitsOrderTheError) {
     for (const char* kv : {"8/8", "6/6", "4/4", "2/2"}) {
         const Difference whole = against(run(plugin.get(), {kv}, 0), reference);
         const Difference single = against(run(plugin.get(), {kv}, 1), reference);
-        std::printf("%s %s: relative error %.4f in one batch, %.4f token by token\n", GetParam().name, kv, whole.relative,
-                    single.relative);
+        std::printf("%s %s: relative error %.4f in one batch, %.4f token by token\n", GetParam().name, kv,
+                    whole.relative, single.relative);
         if (!GetParam().has_cache) {
             EXPECT_LE(whole.relative, 1e-5);
             continue;
@@ -119,7 +120,8 @@ TEST_P(TinyModel, WindowFollowsTheQuery) {
     const Difference none = against(run(plugin.get(), {"3/3"}, 1), single);
     for (const int chunk : {0, 37, 5}) {
         const Difference d = against(run(plugin.get(), cache, chunk), single);
-        std::printf("%s chunk %d: %.2e (without window and sinks: %.2e)\n", GetParam().name, chunk, d.relative, none.relative);
+        std::printf("%s chunk %d: %.2e (without window and sinks: %.2e)\n", GetParam().name, chunk, d.relative,
+                    none.relative);
         EXPECT_LE(d.relative, (GetParam().shares_rows ? 1.0 : 0.15) * none.relative) << "chunk " << chunk;
     }
 }
@@ -139,7 +141,8 @@ TEST_P(Threads, Agree) {
         return decode(context.get(), tokens, {.chunk = chunk});
     };
     for (const int chunk : {0, 10}) {
-        EXPECT_LE(compare(run(2, chunk), run(1, chunk), vocabulary_of(model.get())).relative, 0.02) << "chunk " << chunk;
+        EXPECT_LE(compare(run(2, chunk), run(1, chunk), vocabulary_of(model.get())).relative, 0.02)
+            << "chunk " << chunk;
     }
 }
 
@@ -157,8 +160,8 @@ TEST_P(SlidingModel, RowsAreReusedWhenTheWindowWraps) {
     const int vocabulary = vocabulary_of(stock.get());
     const Tokens tokens = random_tokens(600, vocabulary, 11);
     auto run = [&](llama_model* model, const Cache& cache, bool full, int chunk) {
-        const Context context = make_context(
-            model, {.n_ctx = 1024, .n_ubatch = static_cast<uint32_t>(chunk), .swa_full = full}, cache);
+        const Context context =
+            make_context(model, {.n_ctx = 1024, .n_ubatch = static_cast<uint32_t>(chunk), .swa_full = full}, cache);
         EXPECT_TRUE(context);
         return context ? decode(context.get(), tokens, {.chunk = chunk}) : Logits();
     };
@@ -169,8 +172,8 @@ TEST_P(SlidingModel, RowsAreReusedWhenTheWindowWraps) {
     for (const bool full : {false, true}) {
         const Difference pass = compare(run(plugin.get(), {"16/16"}, full, 32), reference, vocabulary);
         const Difference eight = compare(run(plugin.get(), {"8/8", 8, 4}, full, 32), reference, vocabulary);
-        std::printf("%s swa_full %d: pass-through %.2e (noise %.2e), 8/8 %.4f\n", GetParam(), full, pass.relative, noise,
-                    eight.relative);
+        std::printf("%s swa_full %d: pass-through %.2e (noise %.2e), 8/8 %.4f\n", GetParam(), full, pass.relative,
+                    noise, eight.relative);
         EXPECT_LE(pass.relative, 2 * noise) << "swa_full " << full;
         EXPECT_LE(eight.relative, 0.03) << "swa_full " << full;
     }

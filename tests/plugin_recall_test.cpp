@@ -11,14 +11,18 @@ namespace {
 
 // Sentences without names or numbers, never twice the same in a row.
 std::string filler(int sentences) {
-    const char* who[] = {"The old man", "A young woman", "My neighbour", "The teacher", "A tall sailor", "The baker", "Her brother", "The doctor"};
-    const char* did[] = {"waited near", "walked past", "looked for", "talked about", "painted", "forgot", "counted", "carried", "cleaned", "measured"};
-    const char* what[][2] = {{"river", "boats"},   {"market", "baskets"},  {"garden", "roses"},  {"library", "letters"}, {"harbour", "ropes"},
-                             {"mountain", "goats"}, {"kitchen", "spoons"}, {"school", "chalk"}, {"bridge", "lanterns"}, {"forest", "owls"}};
+    const char* who[] = {"The old man",   "A young woman", "My neighbour", "The teacher",
+                         "A tall sailor", "The baker",     "Her brother",  "The doctor"};
+    const char* did[] = {"waited near", "walked past", "looked for", "talked about", "painted",
+                         "forgot",      "counted",     "carried",    "cleaned",      "measured"};
+    const char* what[][2] = {
+        {"river", "boats"},    {"market", "baskets"}, {"garden", "roses"}, {"library", "letters"}, {"harbour", "ropes"},
+        {"mountain", "goats"}, {"kitchen", "spoons"}, {"school", "chalk"}, {"bridge", "lanterns"}, {"forest", "owls"}};
     std::string text;
     for (int i = 0; i < sentences; ++i) {
         const auto& w = what[(i * 7 + i / 10) % 10];
-        text += std::string(" ") + who[i % 8] + " " + did[(i * 3 + i / 8) % 10] + " the " + w[0] + " and the " + w[1] + ".";
+        text +=
+            std::string(" ") + who[i % 8] + " " + did[(i * 3 + i / 8) % 10] + " the " + w[0] + " and the " + w[1] + ".";
     }
     return text;
 }
@@ -36,8 +40,10 @@ protected:
 TEST_F(Recall, FactFarBackThroughCodesAlone) {
     const Tokens before = tokenize(model.get(), "Here is a long story.\n\n", true);
     const Tokens fact = tokenize(model.get(), "The secret password of the castle is Zebra-7431.", false);
-    const Tokens after = tokenize(model.get(), filler(200) + "\n\nQuestion: What is the secret password of the castle?\nAnswer: "
-                                                             "The secret password of the castle is", false);
+    const Tokens after = tokenize(model.get(),
+                                  filler(200) + "\n\nQuestion: What is the secret password of the castle?\nAnswer: "
+                                                "The secret password of the castle is",
+                                  false);
     Tokens prompt = before;
     prompt.insert(prompt.end(), fact.begin(), fact.end());
     prompt.insert(prompt.end(), after.begin(), after.end());
@@ -78,8 +84,8 @@ TEST_F(Recall, FactFarBackThroughCodesAlone) {
     const std::string good = answer(state);
     const std::string damaged = answer(overwrite(before.size(), fact.size(), 600));
     const std::string control = answer(overwrite(before.size() + 900, fact.size(), 600));
-    std::printf("answer '%s', with the fact's rows damaged '%s', with other rows damaged '%s'\n", good.c_str(), damaged.c_str(),
-                control.c_str());
+    std::printf("answer '%s', with the fact's rows damaged '%s', with other rows damaged '%s'\n", good.c_str(),
+                damaged.c_str(), control.c_str());
     EXPECT_NE(good.find("Zebra-7431"), std::string::npos) << good;
     EXPECT_EQ(damaged.find("7431"), std::string::npos) << damaged;
     EXPECT_EQ(damaged.find("Zebra"), std::string::npos) << damaged;
@@ -90,13 +96,17 @@ TEST_F(Recall, AnswersStaySensible) {
     struct {
         const char* question;
         const char* expected;
-    } const cases[] = {{"What is the capital of France?", "Paris"}, {"What is the opposite of hot?", "cold"}, {"Name the planet we live on.", "Earth"}};
+    } const cases[] = {{"What is the capital of France?", "Paris"},
+                       {"What is the opposite of hot?", "cold"},
+                       {"Name the planet we live on.", "Earth"}};
     for (const Cache& cache : {Cache{"4/4", 32, 4}, Cache{"5/4", 32, 4}, Cache{"4/4", 0, 0}}) {
         const Context context = make_context(model.get(), {.n_ctx = 512, .threads = 2}, cache);
         ASSERT_TRUE(context);
         for (const auto& c : cases) {
             llama_memory_clear(llama_get_memory(context.get()), true);
-            const Tokens prompt = tokenize(model.get(), std::string("<|im_start|>user\n") + c.question + "<|im_end|>\n<|im_start|>assistant\n", false);
+            const Tokens prompt =
+                tokenize(model.get(),
+                         std::string("<|im_start|>user\n") + c.question + "<|im_end|>\n<|im_start|>assistant\n", false);
             const std::string text = text_of(model.get(), generate(context.get(), prompt, 40));
             std::printf("%s window %d: %s -> %s\n", cache.kv.c_str(), cache.window, c.question, text.c_str());
             EXPECT_NE(text.find(c.expected), std::string::npos) << c.question << " -> " << text;

@@ -10,11 +10,12 @@ namespace {
 
 enum Status { worked = 0, no_plugin = 3, no_model = 4, no_context = 5, no_decode = 6 };
 
-const std::vector<std::string> kClean = {"TURBOQUANT_KV",   "TURBOQUANT_WINDOW",    "TURBOQUANT_SINKS",
-                                         "TURBOQUANT_ISA",  "TURBOQUANT_HEAD_SIZE", "TURBOQUANT_SINK_SEQUENCES",
+const std::vector<std::string> kClean = {"TURBOQUANT_KV",    "TURBOQUANT_WINDOW",    "TURBOQUANT_SINKS",
+                                         "TURBOQUANT_ISA",   "TURBOQUANT_HEAD_SIZE", "TURBOQUANT_SINK_SEQUENCES",
                                          "GGML_BACKEND_PATH"};
 
-Outcome attempt(const std::string& model, const std::vector<std::string>& options, std::vector<std::string> variables = {}) {
+Outcome attempt(const std::string& model, const std::vector<std::string>& options,
+                std::vector<std::string> variables = {}) {
     for (const std::string& name : kClean) {
         const bool given = std::any_of(variables.begin(), variables.end(),
                                        [&](const std::string& v) { return v.rfind(name + "=", 0) == 0; });
@@ -22,7 +23,8 @@ Outcome attempt(const std::string& model, const std::vector<std::string>& option
             variables.push_back(name);
         }
     }
-    std::vector<std::string> command = {environment("TQ_TEST_CHILD"), "context", environment("TQ_TEST_TINY") + "/" + model + ".gguf"};
+    std::vector<std::string> command = {environment("TQ_TEST_CHILD"), "context",
+                                        environment("TQ_TEST_TINY") + "/" + model + ".gguf"};
     command.insert(command.end(), options.begin(), options.end());
     return run_program(command, variables, 60);
 }
@@ -47,7 +49,8 @@ int lines_with(const Outcome& run, const std::vector<std::string>& words) {
     std::istringstream text(run.err + run.out);
     int n = 0;
     for (std::string line; std::getline(text, line);) {
-        n += std::all_of(words.begin(), words.end(), [&](const std::string& w) { return line.find(w) != std::string::npos; });
+        n += std::all_of(words.begin(), words.end(),
+                         [&](const std::string& w) { return line.find(w) != std::string::npos; });
     }
     return n;
 }
@@ -58,8 +61,9 @@ protected:
 };
 
 TEST_F(Refusal, NothingIsRefusedByDefault) {
-    for (const char* model : {"llama_64", "gemma2", "gemma3", "gemma4", "jamba", "mamba", "deepseek2_mla", "deepseek2_mha",
-                              "bloom", "gpt_oss", "qwen2", "qwen3", "deci", "llama_80", "llama_group16"}) {
+    for (const char* model :
+         {"llama_64", "gemma2", "gemma3", "gemma4", "jamba", "mamba", "deepseek2_mla", "deepseek2_mha", "bloom",
+          "gpt_oss", "qwen2", "qwen3", "deci", "llama_80", "llama_group16"}) {
         const Outcome run = attempt(model, {});
         EXPECT_EQ(run.status, worked) << model << "\n" << complaints(run);
         EXPECT_NE(run.out.find("decoded 40 tokens"), std::string::npos) << run.out;
@@ -78,7 +82,8 @@ TEST_F(Refusal, FlashAttentionOff) {
 TEST_F(Refusal, CacheTypesOfTheHost) {
     for (const char* type : {"q8_0", "q4_0", "q5_1", "bf16", "f32"}) {
         const Outcome run = attempt("llama_64", {std::string("type=") + type});
-        EXPECT_TRUE(run.status == no_context || run.status == worked) << type << ": " << run.status << "\n" << complaints(run);
+        EXPECT_TRUE(run.status == no_context || run.status == worked) << type << ": " << run.status << "\n"
+                                                                      << complaints(run);
         if (run.status == no_context) {
             EXPECT_GE(lines_with(run, {"turboquant", type, "f16"}), 1) << type << "\n" << complaints(run);
         }
@@ -91,14 +96,27 @@ struct Wrong {
 };
 
 TEST_F(Refusal, WrongValuesAreNamed) {
-    for (const Wrong& wrong : {Wrong{"TURBOQUANT_KV", "nonsense"}, {"TURBOQUANT_KV", ""}, {"TURBOQUANT_KV", "7/4"}, {"TURBOQUANT_KV", "4/7"},
-                               {"TURBOQUANT_KV", "4/"}, {"TURBOQUANT_KV", "4/4/4"}, {"TURBOQUANT_KV", "-4/4"}, {"TURBOQUANT_KV", "tq9"},
-                               {"TURBOQUANT_KV", "99999999999999999999/4"}, {"TURBOQUANT_WINDOW", "-1"}, {"TURBOQUANT_WINDOW", "abc"},
-                               {"TURBOQUANT_WINDOW", "12x"}, {"TURBOQUANT_SINKS", "-3"}, {"TURBOQUANT_SINKS", "1e3"},
-                               {"TURBOQUANT_ISA", "sse9"}, {"TURBOQUANT_HEAD_SIZE", "0"}, {"TURBOQUANT_HEAD_SIZE", "many"}}) {
+    for (const Wrong& wrong : {Wrong{"TURBOQUANT_KV", "nonsense"},
+                               {"TURBOQUANT_KV", ""},
+                               {"TURBOQUANT_KV", "7/4"},
+                               {"TURBOQUANT_KV", "4/7"},
+                               {"TURBOQUANT_KV", "4/"},
+                               {"TURBOQUANT_KV", "4/4/4"},
+                               {"TURBOQUANT_KV", "-4/4"},
+                               {"TURBOQUANT_KV", "tq9"},
+                               {"TURBOQUANT_KV", "99999999999999999999/4"},
+                               {"TURBOQUANT_WINDOW", "-1"},
+                               {"TURBOQUANT_WINDOW", "abc"},
+                               {"TURBOQUANT_WINDOW", "12x"},
+                               {"TURBOQUANT_SINKS", "-3"},
+                               {"TURBOQUANT_SINKS", "1e3"},
+                               {"TURBOQUANT_ISA", "sse9"},
+                               {"TURBOQUANT_HEAD_SIZE", "0"},
+                               {"TURBOQUANT_HEAD_SIZE", "many"}}) {
         const Outcome run = attempt("llama_64", {}, {std::string(wrong.variable) + "=" + wrong.value});
         EXPECT_TRUE(run.status == no_plugin || run.status == no_model || run.status == no_context)
-            << wrong.variable << "=" << wrong.value << ": " << run.status << "\n" << complaints(run);
+            << wrong.variable << "=" << wrong.value << ": " << run.status << "\n"
+            << complaints(run);
         EXPECT_GE(lines_with(run, {"turboquant", wrong.variable, wrong.value}), 1) << complaints(run);
     }
 }

@@ -115,7 +115,8 @@ TEST_F(Sequences, CopiedStreamContinuesBitForBit) {
     const Tokens tail = random_tokens(40, vocabulary, 6);
     for (const bool unified : {false, true}) {
         for (const Cache& cache : {Cache{"16/16"}, Cache{"4/4"}, Cache{"5/4", 32, 4}, Cache{"3/3", 16, 2}}) {
-            const Context context = make_context(plugin.get(), {.n_ctx = 1024, .n_seq_max = 2, .unified = unified}, cache);
+            const Context context =
+                make_context(plugin.get(), {.n_ctx = 1024, .n_seq_max = 2, .unified = unified}, cache);
             ASSERT_TRUE(context);
             const auto n = static_cast<llama_pos>(prompts[3].size());
             decode(context.get(), prompts[3]);
@@ -167,7 +168,8 @@ TEST_F(Sequences, ContextShiftAsTheHostDoesIt) {
             const Difference pass = against(run(shifted_plugin.get(), {"16/16"}, true, chunk), reference);
             const Difference eight = against(run(shifted_plugin.get(), {"8/8"}, true, chunk), reference);
             const Difference exact = against(run(shifted_plugin.get(), {"2/2", 256, 0}, true, chunk), reference);
-            std::printf("%s chunk %d: pass-through %.2e, 8/8 %.4f, 2/2 with every row exact %.2e; noise %.2e, without shift %.2f\n",
+            std::printf("%s chunk %d: pass-through %.2e, 8/8 %.4f, 2/2 with every row exact %.2e; noise %.2e, without "
+                        "shift %.2f\n",
                         name, chunk, pass.relative, eight.relative, exact.relative, noise, unshifted);
             EXPECT_LE(pass.relative, 2 * noise) << name;
             EXPECT_LE(eight.relative, 0.02) << name;
@@ -200,8 +202,8 @@ TEST_F(Sequences, RowsThatDoNotMoveStayByteIdentical) {
         for (size_t layer = 0; layer < a.keys.size(); ++layer) {
             for (size_t row = 0; row < a.positions.size(); ++row) {
                 auto same = [&](const StateRows& x, const StateRows& y) {
-                    return std::memcmp(before.data() + x.offset + row * x.row_bytes, after.data() + y.offset + row * y.row_bytes,
-                                       x.row_bytes) == 0;
+                    return std::memcmp(before.data() + x.offset + row * x.row_bytes,
+                                       after.data() + y.offset + row * y.row_bytes, x.row_bytes) == 0;
                 };
                 const bool stays = a.positions[row] == b.positions[row];
                 if (cache.window == 0 || stays) {

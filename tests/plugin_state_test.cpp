@@ -10,7 +10,8 @@
 namespace tqtest {
 namespace {
 
-const Cache kCaches[] = {{"4/4"}, {"4/4", 32, 4}, {"5/4", 32, 4}, {"8/8", 8, 0}, {"3/3", 0, 4}, {"2/6", 16, 2}, {"16/16"}};
+const Cache kCaches[] = {{"4/4"},       {"4/4", 32, 4}, {"5/4", 32, 4}, {"8/8", 8, 0},
+                         {"3/3", 0, 4}, {"2/6", 16, 2}, {"16/16"}};
 
 std::string describe(const Cache& cache) {
     return cache.kv + " window " + std::to_string(cache.window) + " sinks " + std::to_string(cache.sinks);
@@ -84,7 +85,8 @@ TEST_F(State, SavingTwiceGivesTheSameBytes) {
 }
 
 TEST_F(State, ThroughFiles) {
-    const std::filesystem::path folder = std::filesystem::temp_directory_path() / ("tq_state_" + std::to_string(getpid()));
+    const std::filesystem::path folder =
+        std::filesystem::temp_directory_path() / ("tq_state_" + std::to_string(getpid()));
     std::filesystem::create_directories(folder);
     const Cache cache{"4/4", 32, 4};
     const Context original = context(cache);

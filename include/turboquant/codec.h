@@ -46,10 +46,10 @@ private:
 
 struct Codebook {
     int bits = 0;
-    int n_levels = 0;               // magnitudes: 2^(bits-1); 0 for 8 bits (linear)
-    int8_t level[32] = {};          // ascending odd or small integers
-    float unit = 0;                 // level / unit is the centroid for a standard normal; 0 for 8 bits
-    int8_t value(int code) const;   // the signed integer a stored code means (layout.h)
+    int n_levels = 0;             // magnitudes: 2^(bits-1); 0 for 8 bits (linear)
+    int8_t level[32] = {};        // ascending odd or small integers
+    float unit = 0;               // level / unit is the centroid for a standard normal; 0 for 8 bits
+    int8_t value(int code) const; // the signed integer a stored code means (layout.h)
 };
 
 // bits: 2, 3, 4, 5, 6, 8, else nullptr.
@@ -62,8 +62,11 @@ const Codebook* find_codebook(int bits);
 enum class ScaleRule { unbiased, matched, mmse };
 
 // What encoding one rotation block met. Neither poisons its neighbours.
-enum class EncodeNote : uint8_t { none = 0, saturated = 1 /* scale above fp16: largest finite kept */,
-                                  nonfinite = 2 /* NaN or infinity in the vector: stored as zero */ };
+enum class EncodeNote : uint8_t {
+    none = 0,
+    saturated = 1 /* scale above fp16: largest finite kept */,
+    nonfinite = 2 /* NaN or infinity in the vector: stored as zero */
+};
 
 // Encodes one already rotated block: y[n] -> codes[n] (stored code values, layout.h) and one fp16 scale. A zero vector,
 // or one whose scale is below the smallest fp16, gets scale 0 and decodes to zeros. Every norm is taken in fp32 after

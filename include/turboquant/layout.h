@@ -37,9 +37,9 @@ inline constexpr int kLineBytes = 64;
 enum class Side { key, value };
 
 struct Plane {
-    int width = 0;          // bits a field
-    int shift = 0;          // where the field's bits go in the code
-    size_t offset = 0;      // bytes from the tile's start
+    int width = 0;     // bits a field
+    int shift = 0;     // where the field's bits go in the code
+    size_t offset = 0; // bytes from the tile's start
     int padded_channels = 0;
 };
 

@@ -20,7 +20,9 @@ struct ParallelFor {
     // body: callable as body(int64_t index, int worker). It must not throw.
     template <class Body>
     void operator()(int64_t n_tasks, Body&& body) const {
-        auto call = [](void* arg, int64_t index, int worker) { (*static_cast<std::remove_reference_t<Body>*>(arg))(index, worker); };
+        auto call = [](void* arg, int64_t index, int worker) {
+            (*static_cast<std::remove_reference_t<Body>*>(arg))(index, worker);
+        };
         if (run == nullptr || n_workers <= 1 || n_tasks <= 1) {
             for (int64_t i = 0; i < n_tasks; ++i) {
                 body(i, 0);

@@ -27,7 +27,7 @@ struct StoreShape {
     Side side = Side::key;
     int head_size = 0; // 4..1024, a multiple of 4
     int kv_heads = 0;
-    int64_t rows = 0;  // capacity
+    int64_t rows = 0; // capacity
     int row_elements() const { return head_size * kv_heads; }
 };
 
@@ -61,7 +61,7 @@ struct Staging {
     int64_t batch_begin = 0;      // entries [batch_begin, size) are the batch, in order of writing
     std::vector<int64_t> row;
     std::vector<uint64_t> age;
-    std::vector<uint16_t> raw;    // [entry][row_elements] fp16
+    std::vector<uint16_t> raw; // [entry][row_elements] fp16
     int64_t size() const { return static_cast<int64_t>(row.size()); }
 };
 
