@@ -234,6 +234,9 @@ class Run(Case):
         result = self.answer("-m", GEMMA, "-n", 3, "--ctx", 1024, "-p", text)
         self.assertTrue(result["answer"].startswith(" Berlin"), result["answer"])
         self.assertLess(result["stats"]["kv_bytes"], 0.35 * result["stats"]["kv_f16_bytes"])
+        # Window layers hold their window (1024 cells with what a batch needs), not the context.
+        wide = self.answer("-m", GEMMA, "-n", 1, "--ctx", 4096, "-p", text)
+        self.assertAlmostEqual(wide["stats"]["kv_f16_bytes"] / ((3 * 4096 + 15 * 1024) * 1024), 1, delta=0.01)
 
     def test_interrupted(self):
         child = subprocess.Popen([TQ, "run", *LIKELIEST, "-n", "-1", "--ctx", "8192", "-p",
@@ -278,6 +281,20 @@ class Context(Case):
             self.assertLessEqual(answer["stats"]["context_used"], 256)
             self.assertTrue(answer["answer"].strip())
             self.assertNotIn("\ufffd", answer["answer"])
+
+    def test_a_cache_that_cannot_shift_is_read_again(self):
+        if not GEMMA:
+            self.skipTest("TQ_TEST_GEMMA is not set")
+        lines = [self.STORY * 5, "Once upon a time there was a cat. " * 60, "The capital of France is"]
+        done = self.succeeds("chat", *LIKELIEST, "-m", GEMMA, "--ctx", 1280, "-n", 4, "--json",
+                             stdin="\n".join(lines).encode())
+        answers = [json.loads(line) for line in done.out.splitlines()]
+        self.assertEqual(len(answers), 3, done.err)
+        self.assertRegex(done.err, r"context full: dropped the 1 oldest question and read the rest again")
+        first_token = 1  # every prompt starts with it
+        self.assertGreaterEqual(answers[1]["stats"]["prompt_tokens_read"],
+                                answers[1]["stats"]["prompt_tokens"] - first_token)
+        self.assertLess(answers[2]["stats"]["prompt_tokens_read"], 20)
 
     def test_what_cannot_fit_is_refused_with_numbers(self):
         err = self.fails(1, ["2,000,000,000", "weights", "tq4 cache"], "run", "--ctx", 2_000_000_000, "-p", "x")
