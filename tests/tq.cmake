@@ -9,6 +9,11 @@ if(NOT Python3_FOUND)
     return()
 endif()
 
+if(NOT TURBOQUANT_BUILD_PLUGIN)
+    message(STATUS "tests of tq: the plug-in is not built, only the unit tests run")
+    return()
+endif()
+
 # One ctest entry a group, so that one failing group does not hide the others and they can run side by side.
 foreach(group IN ITEMS Usage Files Run Chat Context Save Terminal Info Demo)
     add_test(NAME tq_${group}
