@@ -1,5 +1,5 @@
 # The program: unit tests of the parts that need no model, and the binary run as a user would run it. Models come through
-# TQ_TEST_SMOLLM2 and TQ_TEST_GEMMA (environment, or what set-up found); without them those tests are skipped, and say so.
+# TQ_TEST_SMOLLM2, _GEMMA and _TINY (environment, or what set-up found); without them those tests are skipped, and say so.
 
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
 
@@ -15,7 +15,7 @@ if(NOT TURBOQUANT_BUILD_PLUGIN)
 endif()
 
 # One ctest entry a group, so that one failing group does not hide the others and they can run side by side.
-foreach(group IN ITEMS Usage Files Run Chat Context Save Terminal Info Demo)
+foreach(group IN ITEMS Usage Files Run Chat Context Save Terminal Info Kinds Demo)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_program_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")

@@ -1,7 +1,8 @@
 """tq run as its users run it: flags, pipes, a terminal. Usage: tq_program_test.py TQ GROUP
 
-Needs TQ_TEST_SMOLLM2 (a chat model) and for one test TQ_TEST_GEMMA (sliding windows, no chat template); a group that
-lacks its model prints "SKIPPED: " and succeeds. Standard library only.
+Needs TQ_TEST_SMOLLM2 (a chat model), for some tests TQ_TEST_GEMMA (sliding windows, no chat template) and TQ_TEST_TINY
+(the folder that tests/models/make_models.py writes); a group that lacks its model prints "SKIPPED: " and succeeds.
+Standard library only.
 """
 
 import json
@@ -531,6 +532,26 @@ class Info(Case):
         far = json.loads(self.succeeds("info", GEMMA, "--ctx", 1_000_000, "--json").out)
         f16 = next(row for row in far["caches"] if row["kv"] == "f16")
         self.assertEqual(f16["kv_bytes"], (3 * far["context"] + 15 * 1024) * 2 * 256 * 2)
+
+
+class Kinds(Case):
+    """Models of every cache kind, with random weights: mixed head sizes, windows, recurrent layers, MLA, no cache."""
+
+    def test_plan_and_allocation_agree(self):
+        folder = os.environ.get("TQ_TEST_TINY", "")
+        models = sorted(pathlib.Path(folder).glob("*.gguf")) if folder else []
+        if not models:
+            self.skipTest("TQ_TEST_TINY holds no models")
+        for model in models:
+            with self.subTest(model=model.stem):
+                plan = json.loads(self.succeeds("info", model, "--ctx", 2048, "--json").out)
+                planned = next(row["kv_bytes"] for row in plan["caches"] if row["kv"] == "tq4")
+                used = json.loads(self.succeeds("run", "-m", model, "--ctx", 2048, "-n", 2, "-p", "hello", "--json",
+                                                *LIKELIEST).out)["stats"]
+                log_rounding = 0.02 * 2**20
+                self.assertAlmostEqual(planned, used["kv_bytes"], delta=0.06 * planned + log_rounding)
+                f16 = next(row["kv_bytes"] for row in plan["caches"] if row["kv"] == "f16")
+                self.assertAlmostEqual(f16, used["kv_f16_bytes"], delta=0.01 * f16 + log_rounding)
 
 
 class Demo(Case):

@@ -215,6 +215,9 @@ CachePlan ModelPlan::dry_run(int64_t context) const {
             layer.cells = cache.cells;
             const int64_t n_head = number("attention.head_count", index, heads);
             layer.kv_heads = static_cast<int>(number("attention.head_count_kv", index, n_head));
+            if (layer.kv_heads <= 0) {
+                continue; // a layer without attention: libllama gives it a cache of no width
+            }
             const int64_t plain = llama_model_n_embd(handle_.get()) / std::max<int64_t>(1, n_head);
             const int64_t key = number("attention.key_length", index, plain);
             const int64_t value = number("attention.value_length", index, plain);
