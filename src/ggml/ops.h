@@ -20,7 +20,6 @@ public:
     OpContext& operator=(const OpContext&) = delete;
 
     void set_threads(int n) { n_threads_ = n < 1 ? 1 : n; }
-    int threads() const { return n_threads_; }
 
     // SET_ROWS into a KV tensor: rows fp32 or fp16, indices i64 or i32, flat over streams.
     Status set_rows(const ggml_tensor* op);
