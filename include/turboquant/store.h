@@ -12,6 +12,7 @@
 #pragma once
 
 #include "turboquant/codec.h"
+#include "turboquant/conditioning.h"
 #include "turboquant/layout.h"
 #include "turboquant/parallel.h"
 #include "turboquant/status.h"
@@ -35,13 +36,9 @@ struct StoreOptions {
     int bits = 4;       // 2, 3, 4, 5, 6, 8: codes. 16, 32: pass-through rows in fp16 / fp32, no codec (tests, peers)
     int window = 0;     // rows in the ring of exact rows; ignored (0) for pass-through
     int sink_slots = 0; // rows that may be pinned at once; ignored (0) for pass-through
-};
-
-// Key conditioning (docs/format.md): codes are those of R(lambda * (x - mu)). Entries [kv_head][channel]; empty: mu 0,
-// lambda 1. Lambda must be positive and finite.
-struct Conditioning {
-    std::vector<float> mu;
-    std::vector<float> lambda;
+    // > 0: the conditioning comes later, from the first rows themselves: until condition() is called the ring holds this
+    // many rows if that is more than the window. Ignored for pass-through.
+    int calibration_rows = 0;
 };
 
 struct StoreCounters {
@@ -67,7 +64,8 @@ struct Staging {
 
 class Store {
 public:
-    // Bytes that a store of this shape takes: codes, scales, exact slots and their index. From the shape alone.
+    // Bytes that a store of this shape takes: codes, scales, exact slots and their index. From the shape alone. Without
+    // the calibration rows, which condition() gives back.
     static Status bytes(const StoreShape& shape, const StoreOptions& options, size_t& bytes);
 
     // Memory is reserved, not touched: pages that no row was written to cost nothing.
@@ -87,8 +85,19 @@ public:
     // Writes n rows; row i is x + i*stride (floats, [kv_head][channel]) and goes to index[i]. staging may be null,
     // and should be for a single row: the ring then says all that its query needs, and filling it copies the ring.
     // An index out of range or a repeated index in one call: invalid_argument and nothing is written.
+    // position: of each row in its sequence, which chooses the block mean (conditioning.h); null: the index. It need not
+    // be right: a row remembers its block, and only its error depends on how well the mean fits.
     Status write(const float* x, int64_t stride, const int64_t* index, int64_t n, const ParallelFor& parallel,
-                 Staging* staging);
+                 Staging* staging, const int32_t* position = nullptr);
+
+    // Sets or replaces the conditioning and encodes all rows anew: from their fp16 values where they are exact or in
+    // `staging` (which may be null), else from what their codes decode to. Ends calibration: the ring shrinks to the
+    // window, its memory goes back. Rounds mu and lambda to fp16 (storable()). Pass-through: does nothing.
+    Status condition(const Conditioning& conditioning, const Staging* staging, const ParallelFor& parallel);
+    // Whether condition() is still awaited.
+    bool calibrating() const;
+    // Of conditioning(): what native rows carry. 0: none.
+    uint32_t conditioning_id() const;
 
     // Keeps a row exact until it is overwritten (attention sinks). Its fp16 values come from the ring, or from
     // `staging` where the ring has lost them; in neither: invalid_argument. A pinned row stays as it is. With all slots
@@ -96,8 +105,8 @@ public:
     Status pin(int64_t row, const Staging* staging);
 
     // Replaces a row's values without changing what it is: ring place, age and pinning stay (context shift). A row that
-    // was never written gets codes and no place in the ring.
-    Status rewrite(int64_t row, const float* x);
+    // was never written gets codes and no place in the ring. shift: by how many positions the row has moved.
+    Status rewrite(int64_t row, const float* x, int64_t shift = 0);
 
     // The row as attention sees it (exact where exact), [kv_head][channel] floats, conditioning undone. Zeros for a
     // row never written.
@@ -108,7 +117,9 @@ public:
 
     // A row for keeping elsewhere, written to out[0..native_row_bytes()): reading it back with write_native gives
     // the same codes, scales and exactness bit by bit. An exact row is its fp16 values; the lowest mantissa bits of
-    // its first 64 elements, which the store keeps at zero, say what it is (age, pinned). 2 * row_elements() bytes (fp32 pass-through: 4 *); a codec row of fewer than 64 elements may need more and is never exact.
+    // its first 64 elements, which the store keeps at zero, say what it is (age, pinned, block). 2 * row_elements()
+    // bytes (fp32 pass-through: 4 *); a codec row of fewer than 64 elements may need more and is never exact. The room
+    // behind a row's codes holds a piece of the conditioning, so that some rows together bring all of it.
     // A never written (or cleared) row is all zero bytes; all zero bytes clear a row.
     size_t native_row_bytes() const;
     void read_native(int64_t row, uint8_t* out) const;
@@ -118,6 +129,18 @@ public:
     // not_native is set when it is no native row at all: the caller may take it as plain values.
     // age_shift is added to the age of an exact row.
     Status write_native(int64_t row, const uint8_t* in, bool& not_native, int64_t age_shift = 0);
+
+    // What a row of codes says about its conditioning. False: it is not a row of codes of this format.
+    struct NativePiece {
+        uint32_t conditioning_id = 0;
+        int block = 0;                 // position block of the row
+        int index = 0;                 // which piece, of how many; 0 of 0: the row has none
+        int count = 0;
+        const uint8_t* data = nullptr; // borrowed from `in`; all pieces in order: write_conditioning(), then zeros
+        size_t size = 0;
+    };
+    bool native_piece(const uint8_t* in, NativePiece& out) const;
+
     // The age shift that makes the exact rows among these n native rows (`stride` bytes apart) younger than every row of
     // this store, among themselves as old as they were: what a host wants that restores a sequence after it removed
     // rows, which the store is never told. 0 when there are none, or they are that already. Never negative.
