@@ -53,7 +53,7 @@ void block_mean(const Conditioning& conditioning, int head_size, int kv_heads, i
 // What comes back is exactly what went in once it has been through `storable`, which rounds mu and lambda to fp16.
 Conditioning storable(const Conditioning& conditioning);
 std::vector<uint8_t> write_conditioning(const Conditioning& conditioning, int head_size, int kv_heads);
-// Error: damaged, another version, or not these shapes.
+// Error: damaged, another version, or not these shapes. Bytes after the record must be zero.
 Status read_conditioning(const uint8_t* in, size_t n, int head_size, int kv_heads, Conditioning& out);
 // Of mu, lambda and rope as write_conditioning has them: the id that saved rows carry. 0 only when it is empty().
 uint32_t conditioning_id(const Conditioning& conditioning, int head_size, int kv_heads);
@@ -79,7 +79,8 @@ public:
     Conditioning conditioning() const;
 
     // How much of the keys' energy is left when this conditioning's block means are taken off: sum |k - mu|^2 /
-    // sum |k|^2 over the rows added. Above 1: these keys are not those that it was made from. 1 for no rows.
+    // sum |k|^2 over the rows added. Above 1: these keys are not those that it was made from. 1 for no rows or no mu,
+    // infinity when it has other shapes or turns otherwise.
     double residual(const Conditioning& conditioning) const;
 
 private:
@@ -88,11 +89,13 @@ private:
     int kv_heads_;
     std::vector<RopePair> rope_;
     int64_t n_keys_ = 0;
-    int64_t n_queries_ = 0;             // per KV head they are the same number
+    int64_t n_queries_ = 0;
     std::vector<double> key_sum_;       // turned back, [kv_head][channel]
+    std::vector<double> block_sum_;     // turned back to the start of the row's block, [kv_head][channel]
     std::vector<double> key_squares_;   // [kv_head][channel]
     std::vector<double> query_squares_; // [kv_head][channel]
     std::vector<float> remembered_;     // rows turned back
+    std::vector<double> remembered_energy_;
     std::vector<float> scratch_;
 };
 
