@@ -1,7 +1,7 @@
 // Conditioning: checks, the mean of a block of positions, and the record that saved rows and profiles carry.
 #include "turboquant/conditioning.h"
 
-#include "codec/codec_tables.h"
+#include "codec/kernels.h"
 #include "conditioning/bytes.h"
 #include "conditioning/pair_mean.h"
 #include "turboquant/codec.h"
