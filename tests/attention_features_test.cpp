@@ -58,6 +58,54 @@ TEST(AttentionFeatures, SinkLogits) {
 TEST(AttentionFeatures, Conditioning) {
     check_case({.mu = true}, available_isas());
     check_case({.lambda = true}, available_isas());
+    for (const int head_size : {64, 80, 128, 256}) {
+        for (const int bits : {3, 4, 6, 8}) {
+            check_case({.head_size = head_size,
+                        .group = 3,
+                        .key_bits = bits,
+                        .rows = 200,
+                        .mu = true,
+                        .turning = true,
+                        .lambda = true},
+                       available_isas());
+        }
+    }
+    check_case({.rows = 300,
+                .queries = 9,
+                .mask = Mask::holes,
+                .sinks = true,
+                .mu = true,
+                .turning = true,
+                .lambda = true,
+                .key_window = 20,
+                .value_window = 30,
+                .pins = 2,
+                .staging = true},
+               available_isas());
+    check_case({.rows = 150, .queries = 5, .softcap = 30, .mu = true, .turning = true, .key_window = 16, .workers = 3},
+               available_isas());
+    check_case({.kv_heads = 1, .group = 5, .rows = 2000, .mu = true, .turning = true, .workers = 2}, available_isas(),
+               false);
+    check_case({.head_size = 576,
+                .value_size = 512,
+                .kv_heads = 1,
+                .group = 4,
+                .rows = 100,
+                .mu = true,
+                .turning = true,
+                .lambda = true},
+               available_isas());
+    check_case({.head_size = 128,
+                .value_size = 72,
+                .kv_heads = 2,
+                .group = 3,
+                .rows = 100,
+                .queries = 3,
+                .mu = true,
+                .turning = true,
+                .lambda = true,
+                .key_window = 8},
+               available_isas());
     check_case({.queries = 9, .mu = true, .lambda = true, .key_window = 20, .value_window = 30}, available_isas());
 }
 

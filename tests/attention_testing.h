@@ -39,6 +39,7 @@ struct Case {
     float max_bias = 0;
     bool sinks = false; // sink logits
     bool mu = false;
+    bool turning = false; // with mu: pairs of key channels turn with the position
     bool lambda = false;
     int key_window = 0;
     int value_window = 0;
@@ -54,9 +55,9 @@ struct Case {
                  << " heads=" << c.kv_heads << 'x' << c.group << " bits=" << c.key_bits << '/' << c.value_bits
                  << " rows=" << c.rows << " queries=" << c.queries << " mask=" << static_cast<int>(c.mask)
                  << " softcap=" << c.softcap << " max_bias=" << c.max_bias << " sinks=" << c.sinks << " mu=" << c.mu
-                 << " lambda=" << c.lambda << " window=" << c.key_window << '/' << c.value_window << " pins=" << c.pins
-                 << " staging=" << c.staging << " overwrite=" << c.overwrite << " peaky=" << c.peaky
-                 << " workers=" << c.workers << " seed=" << c.seed;
+                 << " turning=" << c.turning << " lambda=" << c.lambda << " window=" << c.key_window << '/'
+                 << c.value_window << " pins=" << c.pins << " staging=" << c.staging << " overwrite=" << c.overwrite
+                 << " peaky=" << c.peaky << " workers=" << c.workers << " seed=" << c.seed;
     }
 };
 
@@ -225,6 +226,14 @@ private:
                 conditioning.lambda.push_back(std::exp2(uniform(-1.5f, 1.5f)));
             }
         }
+        if (case_.turning && side == Side::key) { // all but the last channels, the last pair standing still
+            const int pairs = std::max(1, head_size / 2 - 3);
+            for (int i = 0; i < pairs; ++i) {
+                conditioning.rope.push_back(
+                    {static_cast<uint16_t>(2 * i), static_cast<uint16_t>(2 * i + 1),
+                     i == pairs - 1 ? 0.0F : std::exp2(-12.0F * static_cast<float>(i) / static_cast<float>(pairs))});
+            }
+        }
         Status s = Store::create(shape, {bits, window, case_.pins}, conditioning, p.exact);
         note(s);
         s = Store::create(shape, {bits, 0, 0}, conditioning, p.coded);
@@ -248,6 +257,10 @@ private:
         const size_t n = static_cast<size_t>(p.exact->shape().row_elements());
         const std::vector<float>& mu = p.exact->conditioning().mu;
         std::vector<float> x;
+        std::vector<int32_t> positions; // long runs, and some rows of other sequences in between
+        for (int64_t r : rows) {
+            positions.push_back(static_cast<int32_t>(r % 19 == 7 ? 5000 - r : 7 * r));
+        }
         for (int64_t r : rows) {
             const float size = std::exp2(uniform(-1, 1));
             for (size_t c = 0; c < n; ++c) {
@@ -258,10 +271,10 @@ private:
             p.order[static_cast<size_t>(r)] = clock++;
         }
         Status s = p.exact->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {},
-                                  staging);
+                                  staging, positions.data());
         note(s);
         s = p.coded->write(x.data(), static_cast<int64_t>(n), rows.data(), static_cast<int64_t>(rows.size()), {},
-                           nullptr);
+                           nullptr, positions.data());
         note(s);
     }
 

@@ -27,9 +27,9 @@ struct RopePair {
 };
 
 struct Conditioning {
-    std::vector<float> mu;      // [kv_head][channel], before the turn where a pair turns; empty: zeros
-    std::vector<float> lambda;  // [kv_head][channel], positive, finite; empty: ones
-    std::vector<RopePair> rope; // of every head; channels in no pair do not turn. Empty: mu is one constant
+    std::vector<float> mu;           // [kv_head][channel], before the turn where a pair turns; empty: zeros
+    std::vector<float> lambda;       // [kv_head][channel], positive, finite; empty: ones
+    std::vector<RopePair> rope = {}; // of every head; channels in no pair do not turn. Empty: mu is one constant
     bool empty() const { return mu.empty() && lambda.empty(); }
 };
 

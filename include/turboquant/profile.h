@@ -20,10 +20,10 @@ struct LayerProfile {
 };
 
 struct Profile {
-    std::string model;    // for people: what it was made from
-    std::string text;     // for people: text and number of tokens
-    double bits = 0;      // mean bits a value that the per-layer bits come to; 0: none chosen
-    std::vector<LayerProfile> layers; // ascending
+    std::string model;                         // for people: what it was made from
+    std::string text;                          // for people: text and number of tokens
+    double bits = 0;                           // mean bits a value that the per-layer bits come to; 0: none chosen
+    std::vector<LayerProfile> layers;          // ascending
     const LayerProfile* find(int layer) const; // null: none
     bool has_bits() const { return bits > 0; }
 };

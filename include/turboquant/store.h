@@ -133,8 +133,8 @@ public:
     // What a row of codes says about its conditioning. False: it is not a row of codes of this format.
     struct NativePiece {
         uint32_t conditioning_id = 0;
-        int block = 0;                 // position block of the row
-        int index = 0;                 // which piece, of how many; 0 of 0: the row has none
+        int block = 0; // position block of the row
+        int index = 0; // which piece, of how many; 0 of 0: the row has none
         int count = 0;
         const uint8_t* data = nullptr; // borrowed from `in`; all pieces in order: write_conditioning(), then zeros
         size_t size = 0;

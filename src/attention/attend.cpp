@@ -99,7 +99,9 @@ private:
     void load_queries();
     bool look(int64_t tile);
     void score(int64_t tile);
+    void set_means(int64_t tile);
     void override_exact_scores(int64_t tile, size_t begin, size_t end);
+    void add_turning_means(int64_t tile);
     bool weigh();
     void add_values(int64_t tile);
     void add_exact_values(int64_t tile, size_t begin, size_t end);
@@ -126,9 +128,12 @@ void Task::load_queries() {
     const Store::Impl& k = *plan_.k;
     const int d = plan_.key_size;
     const size_t head_offset = static_cast<size_t>(kv_head_) * static_cast<size_t>(d);
-    const float* mu =
-        k.book != nullptr && !k.conditioning.mu.empty() ? k.conditioning.mu.data() + head_offset : nullptr;
-    const float* lambda = k.conditioning.lambda.empty() ? nullptr : k.conditioning.lambda.data() + head_offset;
+    const Conditioner& conditioner = k.conditioner;
+    const std::vector<float>& lambdas = conditioner.conditioning().lambda;
+    const float* lambda = lambdas.empty() ? nullptr : lambdas.data() + head_offset;
+    const int n_pairs = plan_.turning_mean ? conditioner.n_pairs() : 0;
+    const float* pair_mean = n_pairs > 0 ? conditioner.pair_mean(kv_head_) : nullptr;
+    s_.mean_entry = -1;
     for (int m = 0; m < count_; ++m) {
         const float* q = call_.q + (first_ + m) / plan_.group * call_.q_query_stride + head_of(m) * call_.q_head_stride;
         float* rotated = s_.query + static_cast<size_t>(m) * static_cast<size_t>(d);
@@ -137,7 +142,18 @@ void Task::load_queries() {
         for (int c = 0; c < d; ++c) {
             plain[c] = q[c] * plan_.query_factor;
         }
-        s_.query_mean[m] = mu == nullptr ? 0.0f : kernels_.dot(plain, mu, d);
+        s_.constant_mean[m] =
+            plan_.key_mean ? kernels_.dot(plain, conditioner.constant_mean().data() + head_offset, d) : 0.0f;
+        s_.query_mean[m] = s_.constant_mean[m];
+        // <q, turned mean> = cos(phase) <q, mean> + sin(phase) <q, mean a quarter turn on>, pair by pair.
+        float* turning = s_.turning_query + static_cast<int64_t>(m) * 2 * n_pairs;
+        for (int i = 0; i < n_pairs; ++i) {
+            const RopePair& pair = conditioner.pairs()[static_cast<size_t>(i)];
+            const float first = pair_mean[i];
+            const float second = pair_mean[n_pairs + i];
+            turning[i] = plain[pair.first] * first + plain[pair.second] * second;
+            turning[n_pairs + i] = plain[pair.second] * first - plain[pair.first] * second;
+        }
         if (k.book == nullptr) {
             std::copy_n(plain, d, rotated);
             continue;
@@ -224,6 +240,27 @@ void Task::load_key_tile(const Store::Impl& store, const LevelTables& tables, in
     }
 }
 
+// Keys that serve as values: each row's mean, in the codes' rotated basis, on top of what its codes say.
+void Task::add_turning_means(int64_t tile) {
+    const Store::Impl& v = *plan_.v;
+    const int d = v.shape.head_size;
+    const size_t at = static_cast<size_t>(kv_head_) * static_cast<size_t>(d);
+    const std::vector<float>& lambda = v.conditioner.conditioning().lambda;
+    const int64_t first = tile * kTileRows;
+    const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - first));
+    float* mean = s_.vector;
+    for (int r = 0; r < valid; ++r) {
+        if (r == 0 || v.row_entry(first + r) != v.row_entry(first + r - 1)) {
+            v.conditioner.head_mean(kv_head_, v.row_entry(first + r), mean);
+            for (int c = 0; !lambda.empty() && c < d; ++c) {
+                mean[c] *= lambda[at + static_cast<size_t>(c)];
+            }
+            v.rotation.forward(mean, mean);
+        }
+        kernels_.axpy(1, mean, s_.value_tile + static_cast<int64_t>(r) * plan_.value_ld, plan_.sum_size);
+    }
+}
+
 void Task::load_value_tile(int64_t tile) {
     const Store::Impl& v = *plan_.v;
     const int ld = plan_.value_ld;
@@ -234,6 +271,9 @@ void Task::load_value_tile(int64_t tile) {
             keys = s_.keyed_value_tile;
         }
         kernels_.transpose(keys, plan_.sum_size, kTileRows, kTileRows, s_.value_tile, ld);
+        if (plan_.turning_values) {
+            add_turning_means(tile);
+        }
         return;
     }
     const int d = v.shape.head_size;
@@ -295,6 +335,59 @@ void Task::load_exact(const ExactRows& rows, size_t begin, size_t end, int64_t t
     }
 }
 
+// query_mean for the tile's rows; where they are of several blocks it is added to the scores here and now.
+void Task::set_means(int64_t tile) {
+    const Conditioner& conditioner = plan_.k->conditioner;
+    const int n = 2 * conditioner.n_pairs();
+    const uint16_t* entries = plan_.k->tile_entries(tile);
+    const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - tile * kTileRows));
+    unsigned different = 0;
+    for (int r = 1; r < valid; ++r) {
+        different |= static_cast<unsigned>(entries[r] ^ entries[0]);
+    }
+    const auto mean_of = [&](int m, int entry) {
+        return s_.constant_mean[m] +
+               kernels_.dot(s_.turning_query + static_cast<int64_t>(m) * n, conditioner.phases(entry), n);
+    };
+    if (different == 0) {
+        if (s_.mean_entry != entries[0]) {
+            s_.mean_entry = entries[0];
+            for (int m = 0; m < count_; ++m) {
+                s_.query_mean[m] = mean_of(m, s_.mean_entry);
+            }
+        }
+        return;
+    }
+    s_.mean_entry = -1;
+    uint16_t found[kTileRows];
+    uint8_t which[kTileRows] = {};
+    int n_found = 0;
+    for (int r = 0; r < valid; ++r) {
+        int i = r > 0 && entries[r] == entries[r - 1] ? which[r - 1] : 0;
+        while (i < n_found && found[i] != entries[r]) {
+            ++i;
+        }
+        if (i == n_found) {
+            found[n_found++] = entries[r];
+        }
+        which[r] = static_cast<uint8_t>(i);
+    }
+    for (int m = 0; m < count_; ++m) {
+        s_.query_mean[m] = 0;
+        if (s_.sight[query_of(m)] == Sight::hidden) {
+            continue;
+        }
+        float mean[kTileRows];
+        for (int i = 0; i < n_found; ++i) {
+            mean[i] = mean_of(m, found[i]);
+        }
+        float* scores = s_.scores + m * kTileRows;
+        for (int r = 0; r < valid; ++r) {
+            scores[r] += mean[which[r]];
+        }
+    }
+}
+
 void Task::override_exact_scores(int64_t tile, size_t begin, size_t end) {
     const ExactRows& rows = work_.exact_keys;
     const int d = plan_.key_size;
@@ -307,7 +400,7 @@ void Task::override_exact_scores(int64_t tile, size_t begin, size_t end) {
                 continue;
             }
             for (int m = first_entry_of(i); m < end_entry_of(i); ++m) {
-                // Less <q, mu>, which every row of the tile gets added later.
+                // Less the mean's part, which every row of the tile gets added later.
                 s_.scores[m * kTileRows + r] = kernels_.dot(s_.plain_query + static_cast<int64_t>(m) * d,
                                                             s_.exact_tile + static_cast<int64_t>(e - begin) * d, d) -
                                                s_.query_mean[m];
@@ -333,6 +426,9 @@ void Task::score(int64_t tile) {
             kernels_.gemm(s_.query + static_cast<int64_t>(first) * plan_.key_size, plan_.key_size, s_.key_tile,
                           kTileRows, s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
         });
+    }
+    if (plan_.turning_mean) {
+        set_means(tile);
     }
     const ExactRows& rows = work_.exact_keys;
     if (!rows.empty()) {
@@ -487,13 +583,14 @@ void finish(const Plan& plan, const AttentionWorkspace::Impl& work, Scratch& s, 
     const size_t at = static_cast<size_t>(kv_head) * static_cast<size_t>(d);
     if (v.book != nullptr) {
         v.rotation.inverse(coded, coded);
-        if (!v.conditioning.lambda.empty()) {
+        const Conditioning& conditioning = v.conditioner.conditioning();
+        if (!conditioning.lambda.empty()) {
             for (int c = 0; c < plan.value_size; ++c) {
-                coded[c] /= v.conditioning.lambda[at + static_cast<size_t>(c)];
+                coded[c] /= conditioning.lambda[at + static_cast<size_t>(c)];
             }
         }
         if (plan.value_mean) {
-            plan.kernels->axpy(code_sum, v.conditioning.mu.data() + at, coded, plan.value_size);
+            plan.kernels->axpy(code_sum, v.conditioner.constant_mean().data() + at, coded, plan.value_size);
         }
     }
     const float inverse = 1 / sum;

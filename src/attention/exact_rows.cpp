@@ -8,7 +8,7 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
     const Store::Impl& s = store.impl();
     rows_.clear();
     query_ages_ = nullptr;
-    window_ = static_cast<uint64_t>(s.options.window);
+    window_ = static_cast<uint64_t>(s.ring_rows);
     if (s.n_slots == 0) {
         return {};
     }

@@ -105,7 +105,10 @@ Status make_plan(const Store& k, const Store& v, const AttentionCall& call, int 
     plan.int_keys = plan.kernels->int_scores != nullptr && has_int_kernels(*plan.k, Side::key);
     plan.int_values = plan.kernels->int_values != nullptr && has_int_kernels(*plan.v, Side::value);
     plan.shared_tile = &k == &v && !plan.int_keys;
-    plan.value_mean = plan.v->book != nullptr && !plan.v->conditioning.mu.empty();
+    plan.key_mean = plan.k->book != nullptr && plan.k->conditioner.has_mean();
+    plan.turning_mean = plan.key_mean && plan.k->conditioner.turns();
+    plan.turning_values = plan.v->book != nullptr && plan.v->conditioner.turns();
+    plan.value_mean = plan.v->book != nullptr && plan.v->conditioner.has_mean() && !plan.turning_values;
 
     constexpr float kLog2E = 1.44269504088896340736f;
     plan.query_factor = call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E;

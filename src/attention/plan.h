@@ -34,9 +34,12 @@ struct Plan {
     int value_ld = 0;      // sum_size rounded up to 16
     bool int_keys = false; // integer kernels serve the side
     bool int_values = false;
-    bool keyed_values = false; // v is a key store (MLA)
-    bool shared_tile = false;  // the key tile unpacked for the scores serves the values
-    bool value_mean = false;   // v has a mu
+    bool keyed_values = false;   // v is a key store (MLA)
+    bool shared_tile = false;    // the key tile unpacked for the scores serves the values
+    bool key_mean = false;       // k has a mean
+    bool turning_mean = false;   // it depends on the position block
+    bool value_mean = false;     // v has a mean, the same for all rows
+    bool turning_values = false; // v is a key store whose mean depends on the position block
 
     // Scores are kept in log2 units. score = query_factor * <q, k>, then softcap_factor * tanh if that is > 0.
     float query_factor = 0;

@@ -44,11 +44,14 @@ std::vector<double> decode_row(const Store::Impl& s, int kv_head, int64_t row) {
         }
     }
     s.rotation.inverse(y.data(), y.data());
+    const Conditioning& conditioning = s.conditioner.conditioning();
+    std::vector<float> mean(static_cast<size_t>(s.shape.row_elements()));
+    block_mean(conditioning, d, s.shape.kv_heads, s.row_block(row), mean.data());
     for (int c = 0; c < d; ++c) {
         const size_t i = static_cast<size_t>(kv_head) * static_cast<size_t>(d) + static_cast<size_t>(c);
         x[static_cast<size_t>(c)] = static_cast<double>(y[static_cast<size_t>(c)]) /
-                                        (s.conditioning.lambda.empty() ? 1.0f : s.conditioning.lambda[i]) +
-                                    (s.conditioning.mu.empty() ? 0.0f : s.conditioning.mu[i]);
+                                        (conditioning.lambda.empty() ? 1.0f : conditioning.lambda[i]) +
+                                    mean[i];
     }
     return x;
 }
@@ -83,7 +86,7 @@ const uint16_t* find_exact(const Store& store, const Staging* staging, const Att
         return raw;
     }
     const uint64_t query_age = staging->age[static_cast<size_t>(staging->batch_begin + call.staging_offset + query)];
-    const uint64_t window = static_cast<uint64_t>(s.options.window);
+    const uint64_t window = static_cast<uint64_t>(s.ring_rows);
     return age <= query_age && age + window > query_age ? raw : nullptr;
 }
 

@@ -82,7 +82,10 @@ enum class Sight : uint8_t {
 struct Scratch {
     float* query = nullptr;            // [m][key_size] rotated, query_factor folded in
     float* plain_query = nullptr;      // [m][key_size] the same not rotated, for exact rows
-    float* query_mean = nullptr;       // [m] <q, mu>
+    float* query_mean = nullptr;       // [m] <q, mean> of the tile's rows; 0 where they differ in it
+    float* constant_mean = nullptr;    // [m] the part of it that channels which do not turn make
+    float* turning_query = nullptr;    // [m][2 * pairs] the rest: the dot product of this with a block's phases
+    int mean_entry = -1;               // block entry that query_mean is of; -1: none
     IntWord* query_words = nullptr;    // [m][query_words_ld]
     float* query_mul = nullptr;        // [m]
     int32_t* query_sum = nullptr;      // [m]
@@ -115,7 +118,11 @@ struct Scratch {
         query_words_ld = round_up(plan.key_size, 32) / 4;
         c.take(query, m * dk);
         c.take(plain_query, exact_keys ? m * dk : 0);
+        mean_entry = -1;
+        const int64_t phases = 2 * (plan.turning_mean ? plan.k->conditioner.n_pairs() : 0);
         c.take(query_mean, m);
+        c.take(constant_mean, m);
+        c.take(turning_query, m * phases);
         c.take(query_words, plan.int_keys ? m * query_words_ld : 0);
         c.take(query_mul, m);
         c.take(query_sum, m);

@@ -12,9 +12,12 @@ namespace {
 // A row of codes: this header, then the scales of all heads, then each head's codes packed without gaps. Little-endian.
 // The magic is two fp16 NaNs, so no row of fp16 values that this library stores can begin with it.
 constexpr uint32_t kMagic = 0x7f517f54; // "T\x7fQ\x7f"
-constexpr uint8_t kVersion = 1;
-constexpr size_t kHeaderBytes = 20;
-constexpr size_t kChecksumAt = 16;
+constexpr uint8_t kVersion = 2;
+constexpr size_t kHeaderBytes = 24;
+constexpr size_t kChecksumAt = 20;
+// A piece of the conditioning's record behind the codes: index and count, then its bytes up to the row's end.
+constexpr size_t kPieceHeaderBytes = 4;
+constexpr size_t kLeastPiece = 16;
 
 struct Header {
     uint32_t magic = kMagic;
@@ -25,6 +28,8 @@ struct Header {
     uint16_t head_size = 0;
     uint16_t kv_heads = 0;
     uint32_t conditioning_id = 0;
+    uint16_t block = 0;
+    uint16_t reserved_too = 0;
     uint32_t checksum = 0;
 };
 
@@ -51,7 +56,9 @@ void put_header(const Header& h, uint8_t* out) {
     put(out + 8, h.head_size, 2);
     put(out + 10, h.kv_heads, 2);
     put(out + 12, h.conditioning_id, 4);
-    put(out + 16, h.checksum, 4);
+    put(out + 16, h.block, 2);
+    put(out + 18, h.reserved_too, 2);
+    put(out + 20, h.checksum, 4);
 }
 
 Header get_header(const uint8_t* in) {
@@ -64,7 +71,9 @@ Header get_header(const uint8_t* in) {
     h.head_size = static_cast<uint16_t>(get(in + 8, 2));
     h.kv_heads = static_cast<uint16_t>(get(in + 10, 2));
     h.conditioning_id = static_cast<uint32_t>(get(in + 12, 4));
-    h.checksum = static_cast<uint32_t>(get(in + 16, 4));
+    h.block = static_cast<uint16_t>(get(in + 16, 2));
+    h.reserved_too = static_cast<uint16_t>(get(in + 18, 2));
+    h.checksum = static_cast<uint32_t>(get(in + 20, 4));
     return h;
 }
 
@@ -121,13 +130,39 @@ void unpack(const uint8_t* in, int n, int bits, uint8_t* codes) {
     }
 }
 
+size_t native_bytes(const Store::Impl& m) {
+    const auto elements = static_cast<size_t>(m.shape.row_elements());
+    return std::max(elements * sizeof(uint16_t), coded_row_bytes(m));
+}
+
+// Bytes of a piece; 0: rows have no room for any.
+size_t piece_bytes(const Store::Impl& m) {
+    const size_t room = native_bytes(m) - coded_row_bytes(m);
+    return room < kPieceHeaderBytes + kLeastPiece ? 0 : room - kPieceHeaderBytes;
+}
+
+void put_piece(const Store::Impl& m, int64_t row, uint8_t* out) {
+    const std::vector<uint8_t>& record = m.conditioner.record();
+    const size_t size = piece_bytes(m);
+    const size_t count = size == 0 ? 0 : (record.size() + size - 1) / size;
+    if (count == 0 || count > 0xffff) {
+        return;
+    }
+    const size_t index = static_cast<size_t>(row) % count; // neighbours bring all of it together
+    put(out, index, 2);
+    put(out + 2, count, 2);
+    const size_t begin = index * size;
+    std::memcpy(out + kPieceHeaderBytes, record.data() + begin, std::min(size, record.size() - begin));
+}
+
 void put_coded_row(const Store::Impl& m, int64_t row, uint8_t* out) {
     Header header;
     header.side = static_cast<uint8_t>(m.shape.side);
     header.bits = static_cast<uint8_t>(m.options.bits);
     header.head_size = static_cast<uint16_t>(m.shape.head_size);
     header.kv_heads = static_cast<uint16_t>(m.shape.kv_heads);
-    header.conditioning_id = m.conditioning_id;
+    header.conditioning_id = m.conditioner.id();
+    header.block = static_cast<uint16_t>(m.row_block(row));
     put_header(header, out);
     uint8_t* at = out + kHeaderBytes;
     for (int head = 0; head < m.shape.kv_heads; ++head) {
@@ -141,7 +176,8 @@ void put_coded_row(const Store::Impl& m, int64_t row, uint8_t* out) {
         gather_codes(m, row, head, codes);
         pack(codes, m.shape.head_size, m.options.bits, at);
     }
-    header.checksum = row_checksum(out, coded_row_bytes(m));
+    put_piece(m, row, out + coded_row_bytes(m));
+    header.checksum = row_checksum(out, native_bytes(m));
     put_header(header, out);
 }
 
@@ -163,11 +199,11 @@ Status check_coded_row(const Store::Impl& m, const uint8_t* in) {
                        words(static_cast<int>(m.shape.side), m.options.bits, m.shape.head_size, m.shape.kv_heads) +
                        "); restore with the settings it was saved with");
     }
-    if (h.conditioning_id != m.conditioning_id) {
+    if (h.conditioning_id != m.conditioner.id()) {
         return invalid(what + "made with conditioning " + std::to_string(h.conditioning_id) + ", the store has " +
-                       std::to_string(m.conditioning_id) + "; restore with the profile it was saved with");
+                       std::to_string(m.conditioner.id()) + "; restore with the profile it was saved with");
     }
-    bool damaged = h.reserved != 0 || h.checksum != row_checksum(in, coded_row_bytes(m));
+    bool damaged = h.reserved != 0 || h.reserved_too != 0 || h.checksum != row_checksum(in, native_bytes(m));
     const uint8_t* const scales = in + kHeaderBytes;
     for (int i = 0; i < m.shape.kv_heads * m.n_blocks && !damaged; ++i) {
         damaged = get(scales + 2 * i, 2) >= 0x7c00U; // negative, infinite or NaN: never written
@@ -176,6 +212,7 @@ Status check_coded_row(const Store::Impl& m, const uint8_t* in) {
 }
 
 void take_coded_row(Store::Impl& m, int64_t row, const uint8_t* in) {
+    set_entry(m, row, find_entry(m, get_header(in).block));
     const uint8_t* at = in + kHeaderBytes;
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         uint16_t* const scales = m.tile_scales(head, row / kTileRows) + row % kTileRows;
@@ -211,9 +248,9 @@ void clear_row(Store::Impl& m, int64_t row) {
     set_bit(m.written_rows, row, false);
 }
 
-// The full age whose low 32 bits a tag holds: the one nearest to the clock.
-uint64_t full_age(uint64_t clock, uint32_t low) {
-    constexpr uint64_t kPeriod = uint64_t{1} << 32;
+// The full age whose low bits a tag holds: the one nearest to the clock.
+uint64_t full_age(uint64_t clock, uint64_t low) {
+    constexpr uint64_t kPeriod = uint64_t{1} << kTagAgeBits;
     uint64_t age = (clock & ~(kPeriod - 1)) | low;
     if (age > clock + kPeriod / 2 && age >= kPeriod) {
         age -= kPeriod;
@@ -231,10 +268,10 @@ int slot_for(Store::Impl& m, uint64_t age, bool pinned) {
         }
         return free_slot(m);
     }
-    if (m.options.window == 0) {
+    if (m.ring_rows == 0) {
         return -1;
     }
-    if (m.n_ring < m.options.window) {
+    if (m.n_ring < m.ring_rows) {
         return free_slot(m);
     }
     const int oldest = oldest_ring_slot(m);
@@ -246,7 +283,8 @@ int slot_for(Store::Impl& m, uint64_t age, bool pinned) {
 }
 
 // `values` without the tag.
-void take_exact_row(Store::Impl& m, int64_t row, const uint16_t* values, uint64_t age, bool pinned) {
+void take_exact_row(Store::Impl& m, int64_t row, const uint16_t* values, uint64_t age, bool pinned, int block) {
+    set_entry(m, row, find_entry(m, block));
     pinned = pinned && m.options.sink_slots > 0;
     const int slot = slot_for(m, age, pinned);
     if (slot >= 0) {
@@ -267,11 +305,32 @@ void take_exact_row(Store::Impl& m, int64_t row, const uint16_t* values, uint64_
 
 size_t Store::native_row_bytes() const {
     const Impl& m = *impl_;
-    const auto elements = static_cast<size_t>(m.shape.row_elements());
-    if (!m.coded()) {
-        return elements * static_cast<size_t>(m.options.bits / 8);
+    return m.coded() ? native_bytes(m)
+                     : static_cast<size_t>(m.shape.row_elements()) * static_cast<size_t>(m.options.bits / 8);
+}
+
+bool Store::native_piece(const uint8_t* in, NativePiece& out) const {
+    const Impl& m = *impl_;
+    out = {};
+    if (!m.coded() || get(in, 4) != kMagic) {
+        return false;
     }
-    return std::max(elements * sizeof(uint16_t), coded_row_bytes(m));
+    const Header h = get_header(in);
+    if (h.version != kVersion || h.bits != m.options.bits || h.head_size != m.shape.head_size ||
+        h.kv_heads != m.shape.kv_heads || h.checksum != row_checksum(in, native_bytes(m))) {
+        return false;
+    }
+    out.conditioning_id = h.conditioning_id;
+    out.block = h.block;
+    const uint8_t* const piece = in + coded_row_bytes(m);
+    const size_t size = piece_bytes(m);
+    if (h.conditioning_id != 0 && size != 0 && get(piece, 2) < get(piece + 2, 2)) {
+        out.index = static_cast<int>(get(piece, 2));
+        out.count = static_cast<int>(get(piece + 2, 2));
+        out.data = piece + kPieceHeaderBytes;
+        out.size = size;
+    }
+    return true;
 }
 
 void Store::read_native(int64_t row, uint8_t* out) const {
@@ -291,7 +350,7 @@ void Store::read_native(int64_t row, uint8_t* out) const {
         uint16_t first[kTagElements]; // `out` may not be aligned
         std::memcpy(out, m.raw(slot), elements * sizeof(uint16_t));
         std::copy_n(m.raw(slot), kTagElements, first);
-        put_tag(first, 0, kTagElements, make_tag(m.slot_age[s], m.slot_pinned[s] != 0));
+        put_tag(first, 0, kTagElements, make_tag({m.slot_age[s], m.slot_pinned[s] != 0, m.row_block(row)}));
         std::memcpy(out, first, sizeof first);
     } else {
         put_coded_row(m, row, out);
@@ -308,11 +367,10 @@ int64_t Store::restored_age_shift(const uint8_t* rows, size_t stride, int64_t n)
     for (int64_t i = 0; i < n; ++i) {
         uint16_t first[kTagElements];
         std::memcpy(first, rows + static_cast<size_t>(i) * stride, sizeof first);
-        uint32_t low_age = 0;
-        bool pinned = false;
+        Tag tag;
         bool damaged = false;
-        if (read_tag(first, low_age, pinned, damaged) && !damaged && !pinned) {
-            const uint64_t age = full_age(m.clock, low_age);
+        if (read_tag(first, tag, damaged) && !damaged && !tag.pinned) {
+            const uint64_t age = full_age(m.clock, tag.age);
             oldest = any ? std::min(oldest, age) : age;
             any = true;
         }
@@ -354,12 +412,11 @@ Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native, int
         return {};
     }
     const auto elements = static_cast<size_t>(m.shape.row_elements());
-    uint32_t age = 0;
-    bool pinned = false;
+    Tag tag;
     bool damaged = false;
     std::vector<uint16_t> values(elements); // `in` may not be aligned
     std::memcpy(values.data(), in, elements * sizeof(uint16_t));
-    if (elements < kTagElements || !read_tag(values.data(), age, pinned, damaged)) {
+    if (elements < kTagElements || !read_tag(values.data(), tag, damaged)) {
         not_native = true;
         return {};
     }
@@ -369,7 +426,8 @@ Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native, int
     }
     release();
     std::for_each_n(values.begin(), kTagElements, [](uint16_t& h) { h &= 0xfffeU; });
-    take_exact_row(m, row, values.data(), full_age(m.clock, age) + static_cast<uint64_t>(age_shift), pinned);
+    take_exact_row(m, row, values.data(), full_age(m.clock, tag.age) + static_cast<uint64_t>(age_shift), tag.pinned,
+                   tag.block);
     set_bit(m.written_rows, row, true);
     return {};
 }

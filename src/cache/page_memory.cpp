@@ -41,6 +41,11 @@ bool PageMemory::allocate(size_t bytes) {
     return true;
 }
 
+void PageMemory::swap(PageMemory& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+}
+
 void PageMemory::zero() {
     // Mapping fresh pages over the old ones gives them back on every POSIX system (what MADV_DONTNEED leaves differs).
     // Where even that fails the contents are cleared the slow way.

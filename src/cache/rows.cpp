@@ -12,7 +12,12 @@ namespace {
 constexpr uint64_t kTagMagic = 0xb5c94d; // no run of equal bits, so that no regular row of values looks like it
 constexpr int kPinnedBit = 24;
 constexpr int kAgeBit = 25;
-constexpr int kChecksumBit = 57;
+constexpr int kBlockBit = kAgeBit + kTagAgeBits;
+constexpr int kChecksumBit = kBlockBit + kTagBlockBits;
+static_assert(kChecksumBit == 57);
+constexpr uint64_t low_bits(int n) {
+    return (uint64_t{1} << n) - 1;
+}
 constexpr uint64_t kTagFields = (uint64_t{1} << kChecksumBit) - 1;
 constexpr uint32_t kInfinityBits = 0x7f800000U;
 constexpr uint32_t kHalfOverflowBits = 0x477ff000U; // 65520: what rounds to infinity in fp16
@@ -33,22 +38,25 @@ PlaneShape plane_shape(Side side, const Plane& plane) {
 
 } // namespace
 
-uint64_t make_tag(uint64_t age, bool pinned) {
-    const uint64_t fields = kTagMagic | uint64_t{pinned} << kPinnedBit | (age & 0xffffffffU) << kAgeBit;
+uint64_t make_tag(const Tag& tag) {
+    const auto block = std::min(static_cast<uint64_t>(tag.block), low_bits(kTagBlockBits));
+    const uint64_t fields = kTagMagic | uint64_t{tag.pinned} << kPinnedBit |
+                            (tag.age & low_bits(kTagAgeBits)) << kAgeBit | block << kBlockBit;
     return fields | tag_checksum(fields) << kChecksumBit;
 }
 
-bool read_tag(const uint16_t* row, uint32_t& age, bool& pinned, bool& damaged) {
-    uint64_t tag = 0;
+bool read_tag(const uint16_t* row, Tag& tag, bool& damaged) {
+    uint64_t bits = 0;
     for (int i = 0; i < kTagElements; ++i) {
-        tag |= static_cast<uint64_t>(row[i] & 1U) << i;
+        bits |= static_cast<uint64_t>(row[i] & 1U) << i;
     }
-    if ((tag & 0xffffffU) != kTagMagic) {
+    if ((bits & 0xffffffU) != kTagMagic) {
         return false;
     }
-    damaged = tag_checksum(tag & kTagFields) != tag >> kChecksumBit;
-    pinned = (tag >> kPinnedBit & 1U) != 0;
-    age = static_cast<uint32_t>(tag >> kAgeBit);
+    damaged = tag_checksum(bits & kTagFields) != bits >> kChecksumBit;
+    tag.pinned = (bits >> kPinnedBit & 1U) != 0;
+    tag.age = bits >> kAgeBit & low_bits(kTagAgeBits);
+    tag.block = static_cast<int>(bits >> kBlockBit & low_bits(kTagBlockBits));
     return true;
 }
 
@@ -124,8 +132,18 @@ void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h,
     const EncodeTable& table = encode_table(impl.options.bits);
     const KernelRule rule = impl.shape.side == Side::key ? KernelRule::unbiased : KernelRule::matched;
     const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(impl.shape.head_size);
-    const float* const mu = impl.encode_mu.data() + head_at;
-    const float* const factor = impl.encode_factor.data() + head_at;
+    const float* mu = impl.conditioner.constant_mean().data() + head_at;
+    alignas(64) float own_mean[kMaxHeadSize + kConditionerPadding];
+    if (impl.conditioner.turns()) {
+        if (const int entry = impl.row_entry(row); entry == impl.mean_entry) {
+            mu = impl.mean.data() + head_at;
+        } else {
+            impl.conditioner.head_mean(kv_head, entry, own_mean);
+            std::fill_n(own_mean + impl.shape.head_size, kConditionerPadding, 0.0F);
+            mu = own_mean;
+        }
+    }
+    const float* const factor = impl.conditioner.encode_factor().data() + head_at;
     uint16_t* const scales = impl.tile_scales(kv_head, row / kTileRows) + row % kTileRows;
     for (int b = 0; b < impl.n_blocks; ++b) {
         const RotationBlock& block = impl.rotation.blocks()[static_cast<size_t>(b)];
@@ -141,7 +159,25 @@ void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h,
     scatter_codes(impl, row, kv_head, codes);
 }
 
-void decode_head(const Store::Impl& impl, int64_t row, int kv_head, float* x) {
+int find_entry(Store::Impl& impl, int block) {
+    if (impl.row_entries.size() == 0) {
+        return 0;
+    }
+    const auto [found, is_new] = impl.block_entries.try_emplace(block, static_cast<uint16_t>(impl.blocks.size()));
+    if (is_new) {
+        impl.blocks.push_back(block);
+        impl.conditioner.add_block(block);
+    }
+    return found->second;
+}
+
+void set_entry(Store::Impl& impl, int64_t row, int entry) {
+    if (impl.row_entries.size() != 0) {
+        reinterpret_cast<uint16_t*>(impl.row_entries.data())[row] = static_cast<uint16_t>(entry);
+    }
+}
+
+void decode_head(const Store::Impl& impl, const Conditioner& conditioner, int64_t row, int kv_head, float* x) {
     uint8_t codes[kMaxHeadSize];
     gather_codes(impl, row, kv_head, codes);
     const uint16_t* const scales = impl.tile_scales(kv_head, row / kTileRows) + row % kTileRows;
@@ -151,11 +187,14 @@ void decode_head(const Store::Impl& impl, int64_t row, int kv_head, float* x) {
     }
     impl.rotation.inverse(x, x);
     const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(impl.shape.head_size);
+    const std::vector<float>& lambda = conditioner.conditioning().lambda;
+    float mean[kMaxHeadSize];
+    conditioner.head_mean(kv_head, conditioner.turns() ? impl.row_entry(row) : 0, mean);
     for (size_t c = 0; c < static_cast<size_t>(impl.shape.head_size); ++c) {
-        if (!impl.conditioning.lambda.empty()) {
-            x[c] /= impl.conditioning.lambda[head_at + c];
+        if (!lambda.empty()) {
+            x[c] /= lambda[head_at + c];
         }
-        x[c] += impl.encode_mu[head_at + c];
+        x[c] += mean[c];
     }
 }
 

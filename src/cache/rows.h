@@ -10,13 +10,21 @@ namespace turboquant {
 
 // ---- the tag of an exact row -------------------------------------------------------------------------------------
 // A saved row's: 64 bits in the lowest mantissa bits of its first 64 fp16 values, element i holding bit i: magic (24 bits),
-// pinned (1), age (32, the low bits of the clock), checksum of these (7).
+// pinned (1), age (20, the low bits of the clock), position block (12, the largest for all beyond), checksum of these (7).
 
 inline constexpr int kTagElements = 64;
 
-uint64_t make_tag(uint64_t age, bool pinned);
+struct Tag {
+    uint64_t age = 0; // read back: kTagAgeBits of it
+    bool pinned = false;
+    int block = 0;
+};
+inline constexpr int kTagAgeBits = 20; // many times the largest window
+inline constexpr int kTagBlockBits = 12;
+
+uint64_t make_tag(const Tag& tag);
 // Reads the tag back; false: no tag. `damaged`: the magic is there and the checksum is not right.
-bool read_tag(const uint16_t* row, uint32_t& age, bool& pinned, bool& damaged);
+bool read_tag(const uint16_t* row, Tag& tag, bool& damaged);
 // Sets the tag bits of elements [first, first + n) of a row, `values` being the first of them.
 void put_tag(uint16_t* values, int first, int n, uint64_t tag);
 
@@ -35,15 +43,19 @@ void round_head(const Store::Impl& impl, const float* x, uint16_t* h, HeadNotes&
 void clear_tag_bits(const Store::Impl& impl, int kv_head, uint16_t* h);
 
 // Codes and scales of one head's row from its fp16 values (finite, tag bits cleared, zeros up to 32 elements behind
-// the head). Rows of one tile and head must not be written concurrently.
+// the head). Rows of one tile and head must not be written concurrently. Takes the mean of the row's entry.
 void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes);
+
+// The entry of a position block, new if need be; 0 for values and pass-through.
+int find_entry(Store::Impl& impl, int block);
+void set_entry(Store::Impl& impl, int64_t row, int entry);
 
 // The stored codes (head_size bytes, layout.h) of one head's row.
 void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* codes);
 void scatter_codes(Store::Impl& impl, int64_t row, int kv_head, const uint8_t* codes); // padded with zeros to 32
 
-// One head's row as its codes decode, conditioning undone.
-void decode_head(const Store::Impl& impl, int64_t row, int kv_head, float* x);
+// One head's row as its codes decode, conditioning undone: the store's own, or an earlier one that they were made with.
+void decode_head(const Store::Impl& impl, const Conditioner& conditioner, int64_t row, int kv_head, float* x);
 
 // ---- slots -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 #include "turboquant/store.h"
 
+#include "cache/condition.h"
 #include "cache/rows.h"
 #include "codec/codec_tables.h"
 
@@ -26,7 +27,8 @@ std::string describe(const StoreShape& shape, const StoreOptions& options) {
     return std::string(shape.side == Side::key ? "keys" : "values") + ", head size " + std::to_string(shape.head_size) +
            ", " + std::to_string(shape.kv_heads) + " heads, " + std::to_string(shape.rows) + " rows, " +
            std::to_string(options.bits) + " bits, window " + std::to_string(options.window) + ", " +
-           std::to_string(options.sink_slots) + " sink slots";
+           std::to_string(options.sink_slots) + " sink slots" +
+           (options.calibration_rows > 0 ? ", " + std::to_string(options.calibration_rows) + " to calibrate from" : "");
 }
 
 Status check(const StoreShape& shape, const StoreOptions& options) {
@@ -43,8 +45,9 @@ Status check(const StoreShape& shape, const StoreOptions& options) {
     if (find_codebook(options.bits) == nullptr && options.bits != 16 && options.bits != 32) {
         return invalid(what + "bits must be one of 2, 3, 4, 5, 6, 8 (codes), 16 or 32 (pass-through)");
     }
-    if (options.window < 0 || options.window > kMaxSlots || options.sink_slots < 0 || options.sink_slots > kMaxSlots) {
-        return invalid(what + "window and sink slots must be in 0.." + std::to_string(kMaxSlots));
+    if (options.window < 0 || options.window > kMaxSlots || options.sink_slots < 0 || options.sink_slots > kMaxSlots ||
+        options.calibration_rows < 0 || options.calibration_rows > kMaxSlots) {
+        return invalid(what + "window, sink slots and calibration rows must be in 0.." + std::to_string(kMaxSlots));
     }
     // In floating point, as the product of the limits above does not fit 64 bits.
     if (static_cast<double>(shape.rows + kTileRows) * shape.row_elements() * 4.0 > 0x1p60) {
@@ -61,7 +64,7 @@ struct Plan {
     size_t scale_bytes = 0;
     size_t plain_bytes = 0;
     size_t raw_bytes = 0;
-    size_t channels = 0; // entries of encode_factor, query_factor and encode_mu
+    size_t entry_bytes = 0;
 };
 
 // What the options come to: exact rows need a codec and room for the tag.
@@ -69,6 +72,7 @@ StoreOptions effective(const StoreShape& shape, StoreOptions options) {
     if (options.bits > 8 || shape.row_elements() < kTagElements) {
         options.window = 0;
         options.sink_slots = 0;
+        options.calibration_rows = 0;
     }
     return options;
 }
@@ -85,9 +89,11 @@ Plan make_plan(const StoreShape& shape, const StoreOptions& options, const Rotat
     }
     plan.code_bytes = head_tiles * make_tile_layout(shape.side, options.bits, shape.head_size).tile_bytes;
     plan.scale_bytes = head_tiles * rotation.blocks().size() * kTileRows * sizeof(uint16_t);
-    plan.n_slots = options.window + options.sink_slots;
+    plan.n_slots = std::max(options.window, options.calibration_rows) + options.sink_slots;
     plan.raw_bytes = static_cast<size_t>(plan.n_slots) * static_cast<size_t>(shape.row_elements()) * sizeof(uint16_t);
-    plan.channels = static_cast<size_t>(shape.row_elements()) + kVectorPadding;
+    if (shape.side == Side::key) {
+        plan.entry_bytes = static_cast<size_t>(plan.n_tiles) * kTileRows * sizeof(uint16_t);
+    }
     return plan;
 }
 
@@ -98,65 +104,17 @@ size_t vector_bytes(const std::vector<T>& v) {
 
 size_t plan_bytes(const Plan& plan, const StoreOptions& options) {
     const size_t slot_index = 2 * sizeof(uint64_t) + sizeof(int64_t) + sizeof(uint8_t);
-    return plan.code_bytes + plan.scale_bytes + plan.plain_bytes + plan.raw_bytes +
-           static_cast<size_t>(plan.n_slots) * slot_index + 2 * static_cast<size_t>(options.window) * sizeof(int32_t) +
-           3 * static_cast<size_t>(plan.n_tiles) * sizeof(uint64_t) + 3 * plan.channels * sizeof(float);
-}
-
-Status check(const Conditioning& conditioning, const StoreShape& shape, const StoreOptions& options) {
-    const auto elements = static_cast<size_t>(shape.row_elements());
-    const std::string what = "store (" + describe(shape, options) + "): ";
-    for (const auto* v : {&conditioning.mu, &conditioning.lambda}) {
-        if (!v->empty() && v->size() != elements) {
-            return invalid(what + (v == &conditioning.mu ? "mu" : "lambda") + " has " + std::to_string(v->size()) +
-                           " entries, not heads * head size = " + std::to_string(elements));
-        }
-    }
-    for (const float m : conditioning.mu) {
-        if (!std::isfinite(m)) {
-            return invalid(what + "mu must be finite");
-        }
-    }
-    for (const float l : conditioning.lambda) {
-        if (!std::isfinite(l) || l <= 0 || !std::isfinite(1 / l)) {
-            return invalid(what + "lambda must be positive and finite, and so must 1 / lambda");
-        }
-    }
-    return {};
-}
-
-float mu_at(const Conditioning& c, size_t i) {
-    return c.mu.empty() ? 0.0F : c.mu[i] + 0.0F; // -0 is 0
-}
-
-float lambda_at(const Conditioning& c, size_t i) {
-    return c.lambda.empty() ? 1.0F : c.lambda[i];
-}
-
-uint32_t hash_conditioning(const Conditioning& c, size_t elements) {
-    uint64_t h = 0xcbf29ce484222325U;
-    for (size_t i = 0; i < elements; ++i) {
-        for (const float x : {mu_at(c, i), lambda_at(c, i)}) {
-            h = (h ^ std::bit_cast<uint32_t>(x)) * 0x9e3779b97f4a7c15U;
-            h ^= h >> 29;
-        }
-    }
-    return static_cast<uint32_t>(h ^ (h >> 32));
+    return plan.code_bytes + plan.scale_bytes + plan.plain_bytes + plan.raw_bytes + plan.entry_bytes +
+           static_cast<size_t>(plan.n_slots) * slot_index +
+           2 * static_cast<size_t>(std::max(options.window, options.calibration_rows)) * sizeof(int32_t) +
+           3 * static_cast<size_t>(plan.n_tiles) * sizeof(uint64_t);
 }
 
 bool same(const Store::Impl& a, const Store::Impl& b) {
-    if (a.shape.side != b.shape.side || a.shape.head_size != b.shape.head_size ||
-        a.shape.kv_heads != b.shape.kv_heads || a.shape.rows != b.shape.rows || a.options.bits != b.options.bits ||
-        a.options.window != b.options.window || a.options.sink_slots != b.options.sink_slots) {
-        return false;
-    }
-    for (size_t i = 0; i < static_cast<size_t>(a.shape.row_elements()); ++i) {
-        if (mu_at(a.conditioning, i) != mu_at(b.conditioning, i) ||
-            lambda_at(a.conditioning, i) != lambda_at(b.conditioning, i)) {
-            return false;
-        }
-    }
-    return true;
+    return a.shape.side == b.shape.side && a.shape.head_size == b.shape.head_size &&
+           a.shape.kv_heads == b.shape.kv_heads && a.shape.rows == b.shape.rows && a.options.bits == b.options.bits &&
+           a.ring_rows == b.ring_rows && a.options.sink_slots == b.options.sink_slots &&
+           a.calibrating == b.calibrating && a.conditioner.record() == b.conditioner.record();
 }
 
 std::string row_range(const Store::Impl& impl, int64_t row) {
@@ -175,7 +133,13 @@ const StoreOptions& Store::options() const {
     return impl_->options;
 }
 const Conditioning& Store::conditioning() const {
-    return impl_->conditioning;
+    return impl_->conditioner.conditioning();
+}
+bool Store::calibrating() const {
+    return impl_->calibrating;
+}
+uint32_t Store::conditioning_id() const {
+    return impl_->conditioner.id();
 }
 const Rotation& Store::rotation() const {
     return impl_->rotation;
@@ -192,7 +156,8 @@ Status Store::bytes(const StoreShape& shape, const StoreOptions& options, size_t
     if (Status status = Rotation::create(shape.head_size, rotation); !status.ok()) {
         return status;
     }
-    const StoreOptions used = effective(shape, options);
+    StoreOptions used = effective(shape, options);
+    used.calibration_rows = 0;
     bytes = plan_bytes(make_plan(shape, used, rotation), used);
     return {};
 }
@@ -202,8 +167,7 @@ size_t Store::bytes() const {
     return m.codes.size() + m.scales.size() + m.plain.size() + m.slot_raw.size() + vector_bytes(m.slot_row) +
            vector_bytes(m.slot_age) + vector_bytes(m.slot_pinned) + vector_bytes(m.slot_pin_order) +
            vector_bytes(m.batch_rows) + vector_bytes(m.exact_rows) + vector_bytes(m.written_rows) +
-           m.ring_order.capacity() * sizeof(int32_t) + vector_bytes(m.batch_slots) + vector_bytes(m.encode_factor) +
-           vector_bytes(m.query_factor) + vector_bytes(m.encode_mu);
+           m.ring_order.capacity() * sizeof(int32_t) + vector_bytes(m.batch_slots) + m.row_entries.size();
 }
 
 Status Store::create(const StoreShape& shape, const StoreOptions& options, Conditioning conditioning,
@@ -211,8 +175,8 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
     if (Status status = check(shape, options); !status.ok()) {
         return status;
     }
-    if (Status status = check(conditioning, shape, options); !status.ok()) {
-        return status;
+    if (Status status = check_store_conditioning(conditioning, shape); !status.ok()) {
+        return {status.code(), "store (" + describe(shape, options) + "): " + status.message()};
     }
     Isa isa = Isa::portable;
     if (Status status = default_isa(isa); !status.ok()) {
@@ -225,7 +189,6 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
         Impl& m = *impl;
         m.shape = shape;
         m.options = effective(shape, options);
-        m.conditioning = std::move(conditioning);
         m.kernels = &codec_kernels(isa);
         if (Status status = Rotation::create(shape.head_size, m.rotation); !status.ok()) {
             return status;
@@ -233,29 +196,30 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
         const Plan plan = make_plan(shape, m.options, m.rotation);
         m.n_tiles = plan.n_tiles;
         m.n_slots = plan.n_slots;
-        const auto elements = static_cast<size_t>(shape.row_elements());
-        m.conditioning_id = hash_conditioning(m.conditioning, elements);
+        m.calibrating = m.options.calibration_rows > 0;
+        m.ring_rows = std::max(m.options.window, m.options.calibration_rows);
         m.book = find_codebook(m.options.bits);
         if (m.coded()) {
             m.tile = make_tile_layout(shape.side, m.options.bits, shape.head_size);
             m.n_blocks = static_cast<int>(m.rotation.blocks().size());
-            m.encode_factor.resize(plan.channels);
-            m.query_factor.resize(plan.channels);
-            m.encode_mu.resize(plan.channels);
-            for (size_t i = 0; i < elements; ++i) {
-                const float sign = m.rotation.signs()[i % static_cast<size_t>(shape.head_size)];
-                m.encode_factor[i] = sign * lambda_at(m.conditioning, i);
-                m.query_factor[i] = sign / lambda_at(m.conditioning, i);
-                m.encode_mu[i] = mu_at(m.conditioning, i);
+            if (!m.row_entries.allocate(plan.entry_bytes)) {
+                return out_of_memory;
             }
+        }
+        // Pass-through rows have none, but are asked for it.
+        m.conditioner.set(conditioning, m.rotation, shape.kv_heads);
+        find_entry(m, 0);
+        if (m.blocks.empty()) { // values and pass-through: one entry for all
+            m.blocks.push_back(0);
+            m.conditioner.add_block(0);
         }
         const auto slots = static_cast<size_t>(m.n_slots);
         m.slot_row.assign(slots, -1);
         m.slot_age.resize(slots);
         m.slot_pinned.resize(slots);
         m.slot_pin_order.resize(slots);
-        m.ring_order.reserve(static_cast<size_t>(m.options.window));
-        m.batch_slots.resize(static_cast<size_t>(m.options.window));
+        m.ring_order.reserve(static_cast<size_t>(m.ring_rows));
+        m.batch_slots.resize(static_cast<size_t>(m.ring_rows));
         m.exact_rows.resize(static_cast<size_t>(m.n_tiles));
         m.written_rows.resize(static_cast<size_t>(m.n_tiles));
         m.batch_rows.resize(static_cast<size_t>(m.n_tiles));
@@ -428,7 +392,7 @@ void fill_staging(const Store::Impl& m, const int64_t* index, int64_t n, Staging
     }
 }
 
-// Gives the last `window` rows of the batch their slots, the oldest of the ring making room (ring_order says which,
+// Gives the last ring_rows rows of the batch their slots, the oldest of the ring making room (ring_order says which,
 // except for a single row, where a sort is not worth it).
 void settle_slots(Store::Impl& m, const int64_t* index, int64_t n, int64_t first_in_ring) {
     for (int64_t i = 0; i < n; ++i) {
@@ -440,7 +404,7 @@ void settle_slots(Store::Impl& m, const int64_t* index, int64_t n, int64_t first
     int next_free = 0;
     for (int64_t i = first_in_ring; i < n; ++i) {
         int slot = -1;
-        if (m.n_ring < m.options.window) {
+        if (m.n_ring < m.ring_rows) {
             while (m.slot_row[static_cast<size_t>(next_free)] >= 0) {
                 ++next_free;
             }
@@ -454,10 +418,37 @@ void settle_slots(Store::Impl& m, const int64_t* index, int64_t n, int64_t first
     }
 }
 
+// The position block of every row of the batch, and the mean of one of them at hand.
+Status assign_entries(Store::Impl& m, const int64_t* index, const int32_t* position, int64_t n) {
+    if (m.row_entries.size() == 0 || n == 0) {
+        return {};
+    }
+    try {
+        int block = -1;
+        int entry = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const int row_block = position_block(position != nullptr ? position[i] : index[i]);
+            entry = row_block == block ? entry : find_entry(m, row_block);
+            block = row_block;
+            set_entry(m, index[i], entry);
+        }
+        if (m.conditioner.turns() && entry != m.mean_entry) {
+            m.mean.resize(static_cast<size_t>(m.shape.row_elements()) + kConditionerPadding);
+            for (int head = 0; head < m.shape.kv_heads; ++head) {
+                m.conditioner.head_mean(head, entry, m.mean.data() + static_cast<ptrdiff_t>(head) * m.shape.head_size);
+            }
+            m.mean_entry = entry;
+        }
+    } catch (const std::bad_alloc&) {
+        return {StatusCode::out_of_memory, "write: no memory for the means of position blocks; use a smaller context"};
+    }
+    return {};
+}
+
 } // namespace
 
 Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_t n, const ParallelFor& parallel,
-                    Staging* staging) {
+                    Staging* staging, const int32_t* position) {
     Impl& m = *impl_;
     if (n < 0 || (n > 0 && (x == nullptr || index == nullptr)) || (n > 1 && stride < m.shape.row_elements())) {
         return invalid("write: " + std::to_string(n) + " rows, stride " + std::to_string(stride) +
@@ -492,7 +483,7 @@ Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_
     batch.stride = stride;
     batch.index = index;
     batch.n = n;
-    batch.first_in_ring = std::max<int64_t>(0, n - m.options.window);
+    batch.first_in_ring = std::max<int64_t>(0, n - m.ring_rows);
     if (staging != nullptr) {
         staging->owner = this;
         staging->batch_begin = 0;
@@ -504,6 +495,9 @@ Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_
     settle_slots(m, index, n, batch.first_in_ring);
     for (int64_t i = 0; i < n; ++i) {
         set_bit(m.written_rows, index[i], true);
+    }
+    if (Status assigned = assign_entries(m, index, position, n); !assigned.ok()) {
+        return assigned;
     }
     m.clock += static_cast<uint64_t>(n);
     m.counters.rows_written += static_cast<uint64_t>(n);
@@ -557,7 +551,7 @@ Status Store::pin(int64_t row, const Staging* staging) {
     return {};
 }
 
-Status Store::rewrite(int64_t row, const float* x) {
+Status Store::rewrite(int64_t row, const float* x, int64_t shift) {
     Impl& m = *impl_;
     if (!m.in_range(row)) {
         return invalid("rewrite: " + row_range(m, row));
@@ -567,6 +561,11 @@ Status Store::rewrite(int64_t row, const float* x) {
     }
     HeadNotes notes;
     const int slot = m.find_slot(row);
+    if (shift != 0) { // where in its block the row is was not kept: as good as the middle
+        set_entry(
+            m, row,
+            find_entry(m, position_block(int64_t{m.row_block(row)} * kPositionBlock + kPositionBlock / 2 + shift)));
+    }
     alignas(64) uint16_t h[kMaxHeadSize + 2 * kVectorPadding];
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         const int head_at = head * m.shape.head_size;
@@ -606,7 +605,7 @@ Status Store::read(int64_t row, float* x) const {
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         float* const to = x + static_cast<size_t>(head) * head_size;
         if (m.coded()) {
-            decode_head(m, row, head, to);
+            decode_head(m, m.conditioner, row, head, to);
         } else if (m.options.bits == 32) {
             std::memcpy(to, m.plain_row(head, row), head_size * sizeof(float));
         } else {
@@ -651,6 +650,10 @@ Status Store::copy_from(const Store& source) {
         if ((m.written_rows[i] | from.written_rows[i]) == 0) {
             continue;
         }
+        if (from.row_entries.size() != 0) {
+            constexpr size_t kBytes = kTileRows * sizeof(uint16_t);
+            std::memcpy(m.row_entries.data() + i * kBytes, from.row_entries.data() + i * kBytes, kBytes);
+        }
         for (int head = 0; head < m.shape.kv_heads; ++head) {
             if (m.coded()) {
                 std::memcpy(m.tile_codes(head, t), from.tile_codes(head, t), m.tile.tile_bytes);
@@ -675,6 +678,10 @@ Status Store::copy_from(const Store& source) {
     m.clock = from.clock;
     m.exact_rows = from.exact_rows;
     m.written_rows = from.written_rows;
+    m.blocks = from.blocks;
+    m.block_entries = from.block_entries;
+    m.conditioner = from.conditioner;
+    m.mean_entry = -1;
     return {};
 }
 
@@ -684,6 +691,7 @@ void Store::clear() {
     m.scales.zero();
     m.plain.zero();
     m.slot_raw.zero();
+    m.row_entries.zero();
     std::fill(m.slot_row.begin(), m.slot_row.end(), -1);
     std::fill(m.slot_pinned.begin(), m.slot_pinned.end(), uint8_t{0});
     std::fill(m.exact_rows.begin(), m.exact_rows.end(), uint64_t{0});

@@ -1,9 +1,11 @@
 // What a store is made of, for the kernels. Internal: not installed.
 #pragma once
 
+#include "cache/conditioner.h"
 #include "turboquant/store.h"
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 namespace turboquant {
@@ -19,6 +21,7 @@ public:
     PageMemory& operator=(const PageMemory&) = delete;
     bool allocate(size_t bytes); // false: out of memory. Contents are zero.
     void zero();                 // gives the pages back; contents are zero again
+    void swap(PageMemory& other);
     uint8_t* data() const { return data_; }
     size_t size() const { return size_; }
 
@@ -30,7 +33,6 @@ private:
 struct Store::Impl {
     StoreShape shape;
     StoreOptions options;
-    Conditioning conditioning;
     StoreCounters counters;
 
     // Codes (options.bits 2..8). Layout: turboquant/layout.h.
@@ -42,24 +44,29 @@ struct Store::Impl {
     PageMemory codes;    // [kv_head][n_tiles][tile.tile_bytes]
     PageMemory scales;   // fp16 [kv_head][n_tiles][n_blocks][64]
 
-    // Per channel, [kv_head][head_size]; what the rotation's signs and lambda come to:
-    std::vector<float> encode_factor; // sign * lambda: rotated = H (factor * (x - mu)) / sqrt(n)
-    std::vector<float> query_factor;  // sign / lambda: rotated query = H (factor * q) / sqrt(n)
-    std::vector<float> encode_mu;     // mu, zeros where there is none; it and encode_factor have 16 more entries behind
-    uint32_t conditioning_id = 0;     // hash of mu and lambda, in native rows
+    Conditioner conditioner;
+    bool calibrating = false; // condition() is awaited
+    // Position blocks met so far, and for each row (keys with codes only) which of them it is in: its mean's.
+    std::vector<int> blocks; // [entry]; the first is block 0
+    std::unordered_map<int, uint16_t> block_entries;
+    PageMemory row_entries; // uint16 [n_tiles * 64]; empty for values and pass-through
+    // The mean of one entry, [kv_head][channel] and padding: that of the rows written last.
+    int mean_entry = -1;
+    std::vector<float> mean;
     const CodecKernels* kernels = nullptr;
 
     // Pass-through rows (options.bits 16 or 32): [kv_head][n_tiles * 64][head_size] fp16 or fp32.
     PageMemory plain;
 
     // Exact rows. Slot s holds row slot_row[s] (-1: free) as fp16 slot_raw[s][row_elements].
-    int n_slots = 0; // window + sink_slots
+    int ring_rows = 0; // the ring's size: the window, or more while calibrating
+    int n_slots = 0;   // ring_rows + sink_slots
     std::vector<int64_t> slot_row;
     std::vector<uint64_t> slot_age; // the clock when the row was written; later is larger
     std::vector<uint8_t> slot_pinned;
     std::vector<uint64_t> slot_pin_order; // pin_clock when it was pinned; the smallest gives way first
     PageMemory slot_raw;
-    int n_ring = 0;   // slots in use and not pinned: at most window
+    int n_ring = 0;   // slots in use and not pinned: at most ring_rows
     int n_pinned = 0; // at most sink_slots
     uint64_t pin_clock = 0;
     uint64_t clock = 0; // age of the latest row written; the first row gets 1
@@ -68,7 +75,7 @@ struct Store::Impl {
     std::vector<uint64_t> exact_rows;   // has a slot
     std::vector<uint64_t> written_rows; // was written and not cleared
 
-    // Scratch of write(): bits of the rows of the batch; ring slots by age; the slot of each of the last `window` rows.
+    // Scratch of write(): bits of the rows of the batch; ring slots by age; the slot of each of the last ring_rows rows.
     std::vector<uint64_t> batch_rows;
     std::vector<int32_t> ring_order;
     std::vector<int32_t> batch_slots;
@@ -106,6 +113,15 @@ struct Store::Impl {
     bool is_written(int64_t row) const { return (written_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
     bool is_exact(int64_t row) const { return (exact_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
     int find_slot(int64_t row) const; // -1: the row is not exact
+    // Entries of the 64 rows of tile t; null: all rows are in the first.
+    const uint16_t* tile_entries(int64_t t) const {
+        return row_entries.size() == 0 ? nullptr
+                                       : reinterpret_cast<const uint16_t*>(row_entries.data()) + t * kTileRows;
+    }
+    int row_entry(int64_t row) const {
+        return row_entries.size() == 0 ? 0 : reinterpret_cast<const uint16_t*>(row_entries.data())[row];
+    }
+    int row_block(int64_t row) const { return blocks[static_cast<size_t>(row_entry(row))]; }
 };
 
 } // namespace turboquant
