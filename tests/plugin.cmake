@@ -61,12 +61,16 @@ add_executable(plugin_child plugin_child.cpp)
 target_link_libraries(plugin_child PRIVATE plugin_host tq_warnings)
 add_dependencies(plugin_child ggml-turboquant)
 
-foreach(suite IN ITEMS models sequences state refusal fidelity recall)
+foreach(suite IN ITEMS models sequences state refusal fidelity recall profile)
     tq_add_test(plugin_${suite}_test SOURCES plugin_${suite}_test.cpp LIBS plugin_host LABELS plugin)
     add_dependencies(plugin_${suite}_test ggml-turboquant plugin_child)
 endforeach()
 tq_add_test(plugin_memory_test SOURCES plugin_memory_test.cpp LIBS plugin_host LABELS plugin SERIAL)
 add_dependencies(plugin_memory_test ggml-turboquant plugin_child)
+
+# Parts of the plug-in itself, with the host's ggml.
+tq_add_test(plugin_rope_test SOURCES plugin_rope_test.cpp ${PROJECT_SOURCE_DIR}/src/ggml/rope.cpp LIBS ggml::ggml ggml::ggml-base
+            LABELS plugin)
 
 # Hosts that are not ours at all. Exit status 77: something they need is missing.
 foreach(script IN ITEMS python server)

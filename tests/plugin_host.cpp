@@ -26,6 +26,12 @@ void set_cache(const Cache& cache) {
     setenv("TURBOQUANT_WINDOW", std::to_string(cache.window).c_str(), 1);
     setenv("TURBOQUANT_SINKS", std::to_string(cache.sinks).c_str(), 1);
     setenv("TURBOQUANT_SINK_SEQUENCES", std::to_string(cache.sink_sequences).c_str(), 1);
+    setenv("TURBOQUANT_CALIBRATE", cache.calibrate ? "on" : "off", 1);
+    if (cache.profile.empty()) {
+        unsetenv("TURBOQUANT_PROFILE");
+    } else {
+        setenv("TURBOQUANT_PROFILE", cache.profile.c_str(), 1);
+    }
 }
 
 namespace {

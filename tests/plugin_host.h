@@ -28,6 +28,8 @@ struct Cache {
     int window = 0;
     int sinks = 0;
     int sink_sequences = 8;
+    bool calibrate = true;
+    std::string profile = {}; // path; empty: none
 };
 void set_cache(const Cache& cache);
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <string_view>
 #include <sys/mman.h>
@@ -18,13 +19,21 @@ ggml_backend_buffer_type g_kv_type;
 std::atomic<int> g_live_kv_buffers{0};
 
 // "cache_k_l<N>" or "cache_v_l<N>". Caches with another name (recurrent state, indexers) stay plain.
-bool parse_kv_name(std::string_view name, Side& side) {
+bool parse_kv_name(std::string_view name, Side& side, int* layer = nullptr) {
+    constexpr size_t kMostDigits = 6;
     if (name.substr(0, 6) != "cache_" || name.size() < 10 || name.substr(7, 2) != "_l" ||
         (name[6] != 'k' && name[6] != 'v')) {
         return false;
     }
     side = name[6] == 'k' ? Side::key : Side::value;
-    return std::all_of(name.begin() + 9, name.end(), [](char c) { return c >= '0' && c <= '9'; });
+    const std::string_view digits = name.substr(9);
+    if (digits.size() > kMostDigits || !std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; })) {
+        return false;
+    }
+    if (layer != nullptr) {
+        *layer = std::atoi(std::string(digits).c_str());
+    }
+    return true;
 }
 
 bool plain_type(ggml_type type) {
@@ -101,13 +110,14 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
     if (tensor->view_src != nullptr) {
         return GGML_STATUS_SUCCESS;
     }
-    if (!parse_kv_name(tensor->name, side)) {
+    int layer = 0;
+    if (!parse_kv_name(tensor->name, side, &layer)) {
         log_error("the host puts " + std::string(tensor->name) + " into a KV buffer");
         return GGML_STATUS_FAILED;
     }
     KvBuffer* kv = context_of(buffer);
     const std::lock_guard lock(kv->mutex);
-    kv->tensors.push_back(std::make_unique<KvTensor>(*tensor, side, kv->config));
+    kv->tensors.push_back(std::make_unique<KvTensor>(*tensor, side, layer, kv->config));
     tensor->extra = kv->tensors.back().get();
     return GGML_STATUS_SUCCESS;
 }

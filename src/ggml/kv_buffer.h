@@ -8,6 +8,7 @@
 
 #include "abi.h"
 #include "config.h"
+#include "tuner.h"
 
 #include "turboquant/store.h"
 
@@ -23,9 +24,10 @@ namespace turboquant::plugin {
 // One layer's K or V: a store per stream. Not thread-safe; the owner's mutex guards it.
 class KvTensor {
 public:
-    KvTensor(const ggml_tensor& tensor, Side side, const Config& config);
+    KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config);
 
     const std::string& name() const { return name_; }
+    int layer() const { return layer_; } // N of cache_k_l<N>
     Side side() const { return side_; }
     const Config& config() const { return config_; }
     int64_t cells() const { return cells_; }
@@ -34,6 +36,7 @@ public:
     ggml_type type() const { return type_; }
     size_t row_bytes() const { return row_bytes_; }
     int head_size() const { return head_size_; } // 0 until known
+    RopeFacts& rope() { return rope_; }          // of keys
 
     // The host never says the head size when it allocates; its graph does. Creates the stores at the first call; a
     // later call with another size is an error.
@@ -67,7 +70,9 @@ private:
 
     std::string name_;
     Side side_;
+    int layer_;
     Config config_;
+    RopeFacts rope_;
     int elements_;
     int64_t cells_;
     int64_t streams_;

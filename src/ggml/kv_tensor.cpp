@@ -21,9 +21,10 @@ StoreOptions options_of(Side side, const Config& config, int64_t streams) {
 
 } // namespace
 
-KvTensor::KvTensor(const ggml_tensor& tensor, Side side, const Config& config)
+KvTensor::KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config)
     : name_(tensor.name),
       side_(side),
+      layer_(layer),
       config_(config),
       elements_(static_cast<int>(tensor.ne[0])),
       cells_(tensor.ne[1]),

@@ -81,6 +81,43 @@ ParallelFor OpContext::parallel() const {
     return {run_openmp, const_cast<int*>(&n_threads_), n_threads_};
 }
 
+Status OpContext::learn_rope(KvTensor& tensor, const RopeTrace& trace) {
+    RopeFacts& facts = tensor.rope();
+    std::vector<int32_t> signature = trace.signature();
+    if (facts.known && facts.signature == signature) {
+        return {};
+    }
+    facts.kind = trace.kind;
+    facts.pairs.clear();
+    if (trace.kind == RopeTrace::Kind::turns) {
+        ggml_backend_t cpu = this->cpu();
+        if (cpu == nullptr) {
+            facts.kind = RopeTrace::Kind::unknown;
+        } else if (Status status = rope_pairs(trace, cpu, facts.pairs); !status.ok()) {
+            return status;
+        }
+    }
+    facts.signature = std::move(signature);
+    facts.known = true;
+    return {};
+}
+
+const int32_t* OpContext::batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n) {
+    const bool again = std::find(written_.begin(), written_.end(), &tensor) != written_.end();
+    const bool other_graph = trace.positions != nullptr && trace.positions != positions_tensor_;
+    if (again || other_graph) {
+        written_.clear();
+        positions_.clear();
+        positions_tensor_ = nullptr;
+    }
+    written_.push_back(&tensor);
+    if (positions_tensor_ == nullptr && trace.positions != nullptr) {
+        positions_tensor_ = trace.positions; // also if it cannot be read: later it would be less so
+        read_positions(trace.positions, n, positions_);
+    }
+    return static_cast<int64_t>(positions_.size()) == n ? positions_.data() : nullptr;
+}
+
 Status OpContext::set_rows(const ggml_tensor* op) {
     const KvRef kv = find_kv(op);
     const ggml_tensor* rows = op->src[0];
@@ -111,6 +148,18 @@ Status OpContext::set_rows(const ggml_tensor* op) {
     for (Batch& batch : batches) {
         batch.store = nullptr;
         batch.staged = false;
+        batch.keys.clear();
+        batch.positions.clear();
+    }
+    const int32_t* positions = nullptr;
+    bool keep_keys = false;
+    if (tensor.side() == Side::key) {
+        const RopeTrace trace = trace_rope(op, tensor.head_size());
+        if (Status status = learn_rope(tensor, trace); !status.ok()) {
+            return {status.code(), tensor.name() + ": " + status.message()};
+        }
+        positions = batch_positions(tensor, trace, n);
+        keep_keys = tuning();
     }
     for (int64_t begin = 0; begin < n;) {
         const int64_t stream = index_at(indices, begin) / tensor.cells();
@@ -144,7 +193,39 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         } else {
             batch.cells.insert(batch.cells.end(), cells_.begin(), cells_.end());
         }
+        for (int64_t i = begin; i < end && keep_keys; ++i) {
+            batch.keys.insert(batch.keys.end(), x + i * stride, x + i * stride + tensor.elements());
+            batch.positions.push_back(positions != nullptr
+                                          ? positions[i]
+                                          : static_cast<int32_t>(cells_[static_cast<size_t>(i - begin)]));
+        }
         begin = end;
+    }
+    return {};
+}
+
+Status OpContext::observe(const ggml_tensor* op, KvTensor& tensor, int64_t first_stream) {
+    const ggml_tensor* q = op->src[0];
+    const int64_t n_streams = op->src[1]->ne[3];
+    const int kv_heads = tensor.elements() / tensor.head_size();
+    for (int64_t s = 0; s < n_streams; ++s) {
+        Batch* batch = find_batch(Side::key, first_stream + s, tensor.store(first_stream + s), q->ne[1]);
+        if (batch == nullptr || batch->keys.empty() || q->ne[2] % kv_heads != 0) {
+            continue;
+        }
+        for (int64_t i = 0; i < q->ne[1]; ++i) {
+            const SeenRow row = {.key = batch->keys.data() + i * tensor.elements(),
+                                 .position = batch->positions[static_cast<size_t>(i)],
+                                 .q = reinterpret_cast<const float*>(static_cast<const char*>(q->data) +
+                                                                     static_cast<size_t>(s) * q->nb[3] +
+                                                                     static_cast<size_t>(i) * q->nb[1]),
+                                 .q_head_stride = static_cast<int64_t>(q->nb[2] / sizeof(float)),
+                                 .n_heads = static_cast<int>(q->ne[2])};
+            if (tuning()) {
+                tune_row(tensor.layer(), tensor.head_size(), kv_heads, tensor.rope(), row);
+            }
+        }
+        batch->keys.clear();
     }
     return {};
 }
@@ -221,6 +302,9 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
                                              " that does not start at its first row"};
     }
 
+    if (Status status = observe(op, *keys.tensor, first_stream); !status.ok()) {
+        return status;
+    }
     for (int64_t s = 0; s < k->ne[3]; ++s) {
         const int64_t stream = first_stream + s;
         Store& k_store = *keys.tensor->store(stream);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kv_buffer.h"
+#include "rope.h"
 
 #include "turboquant/attention.h"
 #include "turboquant/status.h"
@@ -35,8 +36,16 @@ private:
         std::vector<int64_t> cells;
         Staging staging;
         bool staged = false;
+        // Of keys, while statistics of them are collected: the rows as they came, and their positions.
+        std::vector<float> keys;
+        std::vector<int32_t> positions;
     };
     std::vector<Batch>& batches(Side side) { return batches_[side == Side::key ? 0 : 1]; }
+    Status learn_rope(KvTensor& tensor, const RopeTrace& trace);
+    // Of the rows that a key tensor is about to get; null if unknown.
+    const int32_t* batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n);
+    // What statistics learn of the keys that this attention's batch has written, and of its queries.
+    Status observe(const ggml_tensor* op, KvTensor& tensor, int64_t first_stream);
     Batch* find_batch(Side side, int64_t stream, const Store* store, int64_t n_queries);
     Status pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batch, int64_t n_queries, int64_t n_rows, Store& k,
                           Store* v, Batch* k_batch, Batch* v_batch, int sinks);
@@ -49,6 +58,11 @@ private:
     std::vector<float> rows_;
     std::vector<int64_t> cells_;
     ggml_backend_t cpu_ = nullptr;
+    // Inputs of a graph are overwritten after their last use in it, so positions are read at the first key tensor that
+    // an evaluation writes, and kept for the others. A tensor written again is a new evaluation.
+    std::vector<const KvTensor*> written_;
+    const ggml_tensor* positions_tensor_ = nullptr;
+    std::vector<int32_t> positions_;
 };
 
 // Can this operation run here? It touches no KV tensor of ours: false (views: true). It does: true, or throws

@@ -4,6 +4,7 @@
 #include "host.h"
 #include "kv_buffer.h"
 #include "ops.h"
+#include "tuner.h"
 
 #include <cstring>
 #include <exception>
@@ -204,6 +205,12 @@ void* reg_proc_address(ggml_backend_reg_t, const char* name) {
     }
     if (std::strcmp(name, "ggml_backend_set_abort_callback") == 0) {
         return reinterpret_cast<void*>(&set_abort_callback);
+    }
+    if (std::strcmp(name, "turboquant_tune_start") == 0) {
+        return reinterpret_cast<void*>(&turboquant_tune_start);
+    }
+    if (std::strcmp(name, "turboquant_tune_write") == 0) {
+        return reinterpret_cast<void*>(&turboquant_tune_write);
     }
     return nullptr;
 }
