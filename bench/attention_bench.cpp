@@ -9,6 +9,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
@@ -115,11 +116,29 @@ struct Shape {
     int64_t rows = 4096;
     int64_t queries = 1;
     int heads = kHeads;
+    bool conditioned = false; // means that turn with the position block, factors
 };
+
+Conditioning make_conditioning(int head_size) {
+    Conditioning c;
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    for (int i = 0; i < head_size * kKvHeads; ++i) {
+        c.mu.push_back(normal(random));
+        c.lambda.push_back(std::exp(normal(random) / 2));
+    }
+    for (int i = 0; i < head_size / 2; ++i) {
+        c.rope.push_back({static_cast<uint16_t>(2 * i), static_cast<uint16_t>(2 * i + 1),
+                          static_cast<float>(std::pow(10000.0, -2.0 * i / head_size))});
+    }
+    return c;
+}
 
 std::unique_ptr<Store> make_store(Side side, const Shape& shape, int bits) {
     std::unique_ptr<Store> store;
-    check(Store::create({side, shape.head_size, kKvHeads, shape.rows}, {bits, 0, 0}, {}, store));
+    const bool conditioned = shape.conditioned && side == Side::key;
+    check(Store::create({side, shape.head_size, kKvHeads, shape.rows}, {bits, 0, 0},
+                        conditioned ? make_conditioning(shape.head_size) : Conditioning(), store));
     std::mt19937 random(side == Side::key ? 1 : 2);
     std::normal_distribution<float> normal;
     const size_t n = static_cast<size_t>(store->shape().row_elements());
@@ -143,7 +162,7 @@ Stores& stores_of(const Shape& shape) {
     static Stores last;
     const Shape& s = last.shape;
     if (last.k == nullptr || s.head_size != shape.head_size || s.key_bits != shape.key_bits ||
-        s.value_bits != shape.value_bits || s.rows != shape.rows) {
+        s.value_bits != shape.value_bits || s.rows != shape.rows || s.conditioned != shape.conditioned) {
         last = {shape, make_store(Side::key, shape, shape.key_bits), make_store(Side::value, shape, shape.value_bits)};
     }
     return last;
@@ -190,10 +209,37 @@ void add(const std::string& kind, const Shape& shape, Isa isa, int workers) {
     const std::string name = kind + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
                              "/group" + std::to_string(shape.heads / kKvHeads) + "/" + std::to_string(shape.key_bits) +
                              "-" + std::to_string(shape.value_bits) + "/rows" + std::to_string(shape.rows) +
-                             "/threads" + std::to_string(workers);
+                             "/threads" + std::to_string(workers) + (shape.conditioned ? "/conditioned" : "");
     const auto body = [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); };
     // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
     benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
+}
+
+// A token's keys, written one after the other as in decoding. The instruction set is the store's: the default one.
+void add_write(const Shape& shape, Isa isa) {
+    Isa own = Isa::portable;
+    check(default_isa(own));
+    if (isa != own) {
+        return;
+    }
+    const std::string name = "write/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) + "/" +
+                             std::to_string(shape.key_bits) + (shape.conditioned ? "/conditioned" : "");
+    const auto body = [shape](benchmark::State& state) {
+        const auto store = make_store(Side::key, shape, shape.key_bits);
+        std::vector<float> x(static_cast<size_t>(store->shape().row_elements()), 0.5F);
+        std::mt19937 random(5);
+        std::normal_distribution<float> normal;
+        std::generate(x.begin(), x.end(), [&] { return normal(random); });
+        int64_t row = 0;
+        for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores)
+            check(store->write(x.data(), store->shape().row_elements(), &row, 1, {}, nullptr));
+            row = (row + 1) % shape.rows;
+        }
+        state.counters["ns_per_head_row"] = benchmark::Counter(
+            kKvHeads * 1e-9, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+    };
+    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
+    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kNanosecond);
 }
 
 } // namespace
@@ -216,7 +262,11 @@ int main(int argc, char** argv) {
         for (const int head_size : {64, 80, 256}) {
             add("decode", {.head_size = head_size}, isa, 1);
         }
+        add("decode", {.conditioned = true}, isa, 1);
         add("prefill", {.rows = 8192, .queries = 512}, isa, 1);
+        add("prefill", {.rows = 8192, .queries = 512, .conditioned = true}, isa, 1);
+        add_write({}, isa);
+        add_write({.conditioned = true}, isa);
         add("prefill", {.key_bits = 16, .value_bits = 16, .rows = 8192, .queries = 512}, isa, 1);
     }
     benchmark::Initialize(&argc, argv);

@@ -341,15 +341,13 @@ void Task::set_means(int64_t tile) {
     const int n = 2 * conditioner.n_pairs();
     const uint16_t* entries = plan_.k->tile_entries(tile);
     const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - tile * kTileRows));
-    unsigned different = 0;
-    for (int r = 1; r < valid; ++r) {
-        different |= static_cast<unsigned>(entries[r] ^ entries[0]);
-    }
+    // Each like its neighbour: all alike.
+    const bool alike = std::memcmp(entries, entries + 1, static_cast<size_t>(valid - 1) * sizeof(uint16_t)) == 0;
     const auto mean_of = [&](int m, int entry) {
         return s_.constant_mean[m] +
                kernels_.dot(s_.turning_query + static_cast<int64_t>(m) * n, conditioner.phases(entry), n);
     };
-    if (different == 0) {
+    if (alike) {
         if (s_.mean_entry != entries[0]) {
             s_.mean_entry = entries[0];
             for (int m = 0; m < count_; ++m) {
