@@ -1,4 +1,5 @@
 // Profile files: round trips, refusals, replacement in one step.
+#include "conditioning/bytes.h"
 #include "conditioning_testing.h"
 #include "turboquant/profile.h"
 
@@ -26,6 +27,11 @@ Profile make_profile(unsigned seed) {
     p.layers.push_back({3, 4, 1, {}, 16, 0});
     p.layers.push_back({7, 8, 1, random_conditioning(random, 8, 1), 0, 0});
     return p;
+}
+
+// Makes the checksum right, as a program gone wrong might.
+void sign(std::vector<uint8_t>& bytes) {
+    put_at(bytes, 12, crc32(crc32(0, bytes.data(), 12), bytes.data() + 16, bytes.size() - 16), 4);
 }
 
 bool equal(const Profile& a, const Profile& b) {
@@ -102,6 +108,32 @@ TEST_F(ProfileFile, EveryDamageIsRefusedAndNothingIsChanged) {
     longer.push_back(0);
     Profile out;
     EXPECT_FALSE(parse_profile(longer, out).ok());
+    sign(longer);
+    EXPECT_FALSE(parse_profile(longer, out).ok()) << "bytes after the last layer";
+}
+
+TEST_F(ProfileFile, NonsenseWithARightChecksumIsRefusedOrSound) {
+    std::mt19937 random(8);
+    const std::vector<uint8_t> bytes = serialise_profile(make_profile(9));
+    int n_read = 0;
+    for (int round = 0; round < 20000; ++round) {
+        std::vector<uint8_t> bad = bytes;
+        for (unsigned k = random() % 4; k < 4; ++k) {
+            bad[random() % bad.size()] = static_cast<uint8_t>(random());
+        }
+        bad.resize(bad.size() - (random() % 4 == 0 ? random() % bad.size() : 0));
+        if (bad.size() >= 16) {
+            sign(bad);
+        }
+        Profile out;
+        if (parse_profile(bad, out).ok()) {
+            ++n_read;
+            for (const LayerProfile& l : out.layers) {
+                EXPECT_TRUE(check_conditioning(l.keys, l.head_size, l.kv_heads).ok());
+            }
+        }
+    }
+    EXPECT_GT(n_read, 0) << "texts and bits may be anything";
 }
 
 TEST_F(ProfileFile, WhatCannotBeReadIsNeverWritten) {
