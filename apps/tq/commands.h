@@ -14,6 +14,7 @@ Command add_run(CLI::App& program);
 Command add_chat(CLI::App& program);
 Command add_info(CLI::App& program);
 Command add_demo(CLI::App& program);
+Command add_eval(CLI::App& program);
 Command add_plugin_path(CLI::App& program);
 
 } // namespace turboquant::app

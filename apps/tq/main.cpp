@@ -23,6 +23,17 @@ std::string version() {
     return fmt::format("tq {} (llama.cpp {})\n", TURBOQUANT_VERSION, llama_version());
 }
 
+// The command that was given, the innermost one ("kld" of "eval"); `words` becomes "tq eval kld".
+CLI::App* chosen_command(CLI::App& program, std::string& words) {
+    CLI::App* chosen = &program;
+    words = program.get_name();
+    while (!chosen->get_subcommands().empty()) {
+        chosen = chosen->get_subcommands().front();
+        words += ' ' + chosen->get_name();
+    }
+    return chosen;
+}
+
 int run(int argc, char** argv) {
     CLI::App program("Chat with language models whose KV cache TurboQuant keeps small.", "tq");
     program.require_subcommand(0, 1);
@@ -34,23 +45,23 @@ int run(int argc, char** argv) {
                                                                   {"chat", app::add_chat(program)},
                                                                   {"info", app::add_info(program)},
                                                                   {"demo", app::add_demo(program)},
+                                                                  {"eval", app::add_eval(program)},
                                                                   {"plugin-path", app::add_plugin_path(program)}};
     program.add_subcommand("version", "print the version");
 
+    std::string words;
     try {
         program.parse(argc, argv);
     } catch (const CLI::CallForHelp&) {
-        const auto chosen = program.get_subcommands();
-        fmt::print("{}", chosen.empty() ? program.help() : chosen.front()->help());
+        fmt::print("{}", chosen_command(program, words)->help());
         return 0;
     } catch (const CLI::ParseError& error) {
-        const auto chosen = program.get_subcommands();
         std::string text = error.what();
         for (char& c : text) { // CLI11 lists several complaints on lines of their own
             c = c == '\n' ? ' ' : c;
         }
-        throw llm::UsageError(
-            fmt::format("{}; see tq {}--help", text, chosen.empty() ? "" : chosen.front()->get_name() + " "));
+        chosen_command(program, words);
+        throw llm::UsageError(fmt::format("{}; see {} --help", text, words));
     }
     if (show_version || program.got_subcommand("version")) {
         fmt::print("{}", version());

@@ -109,7 +109,7 @@ std::string Model::metadata(const char* key) const {
     return value;
 }
 
-std::vector<Token> Model::tokenize(std::string_view text, bool with_special_start) const {
+std::vector<Token> Model::tokenize(std::string_view text, bool with_special_start, bool parse_special) const {
     if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE) {
         throw Error(fmt::format("{}: has no vocabulary, so it cannot read text; use another model", path_));
     }
@@ -119,11 +119,11 @@ std::vector<Token> Model::tokenize(std::string_view text, bool with_special_star
     const auto bytes = static_cast<int32_t>(text.size());
     std::vector<Token> tokens(text.size() + 8);
     int32_t n = llama_tokenize(vocab(), text.data(), bytes, tokens.data(), static_cast<int32_t>(tokens.size()),
-                               with_special_start, true);
+                               with_special_start, parse_special);
     if (n < 0 && n != std::numeric_limits<int32_t>::min()) {
         tokens.resize(static_cast<size_t>(-n));
         n = llama_tokenize(vocab(), text.data(), bytes, tokens.data(), static_cast<int32_t>(tokens.size()),
-                           with_special_start, true);
+                           with_special_start, parse_special);
     }
     if (n < 0) {
         throw Error("the prompt cannot be turned into tokens; shorten it");

@@ -14,8 +14,6 @@
 namespace turboquant::llm {
 namespace {
 
-constexpr int64_t kBatch = 512; // tokens a call: progress and Ctrl-C come in between
-
 ggml_type find_type(const std::string& name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
@@ -69,7 +67,8 @@ Session::Session(const Model& model, const SessionOptions& options) : model_(mod
     params.type_k = kv.turboquant() ? GGML_TYPE_F16 : find_type(kv.host_type);
     params.type_v = params.type_k;
     params.offload_kqv = true;
-    params.swa_full = false; // sliding layers hold their window only; going back further reads again (keep_common)
+    // Unless told otherwise sliding layers hold their window only; going back further reads again (keep_common).
+    params.swa_full = options_.full_cache;
     params.no_perf = true;
     params.abort_callback = [](void* self) { return static_cast<Session*>(self)->interrupted(); };
     params.abort_callback_data = this;
@@ -103,11 +102,13 @@ bool Session::interrupted() const {
 }
 
 // 0: done. 2: interrupted. 1: no room. The mirror of the cache follows whatever was kept. Error on failure.
-int Session::decode(const Token* tokens, int64_t n) {
+// outputs: for each token whether its scores are wanted; null: the last one's.
+int Session::decode(const Token* tokens, int64_t n, int8_t* outputs) {
     const LogCapture log;
     // llama_batch_get_one takes a pointer to non-const, but only reads.
-    const int result =
-        llama_decode(ctx_.get(), llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n)));
+    llama_batch batch = llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n));
+    batch.logits = outputs;
+    const int result = llama_decode(ctx_.get(), batch);
     if (result == 0) {
         cached_.insert(cached_.end(), tokens, tokens + n);
         return 0;
@@ -122,19 +123,19 @@ int Session::decode(const Token* tokens, int64_t n) {
     return result;
 }
 
-// Makes the cache hold a prefix of `tokens`, as long as possible but not all of them; returns its length.
-int64_t Session::keep_common(const std::vector<Token>& tokens) {
+// Makes the cache hold a prefix of `tokens`, as long as possible but at most `most` of them; returns its length.
+int64_t Session::keep_common(const std::vector<Token>& tokens, int64_t most) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
-    const size_t most = std::min(cached_.size(), tokens.size() - 1);
-    auto common = static_cast<int64_t>(
-        std::mismatch(cached_.begin(), cached_.begin() + static_cast<int64_t>(most), tokens.begin()).first -
-        cached_.begin());
+    most = std::min(most, static_cast<int64_t>(cached_.size()));
+    const auto common =
+        static_cast<int64_t>(std::mismatch(cached_.begin(), cached_.begin() + most, tokens.begin()).first -
+                             cached_.begin());
     if (common == static_cast<int64_t>(cached_.size())) {
         return common;
     }
     // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
     // of the first token to be read is still there.
-    const int64_t window = llama_model_n_swa(model_.get());
+    const int64_t window = options_.full_cache ? 0 : llama_model_n_swa(model_.get());
     const bool forgotten = window > 0 && llama_memory_seq_pos_min(memory, 0) > std::max<int64_t>(0, common - window);
     if (common == 0 || forgotten || !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(common), -1)) {
         clear();
@@ -145,6 +146,16 @@ int64_t Session::keep_common(const std::vector<Token>& tokens) {
 }
 
 bool Session::read(const std::vector<Token>& tokens, const Progress& progress) {
+    return read_from(tokens, static_cast<int64_t>(tokens.size()) - 1, {}, {}, progress);
+}
+
+bool Session::score(const std::vector<Token>& tokens, const std::vector<int64_t>& wanted, const OnScores& on_scores,
+                    const Progress& progress) {
+    return read_from(tokens, wanted.front(), wanted, on_scores, progress);
+}
+
+bool Session::read_from(const std::vector<Token>& tokens, int64_t most, const std::vector<int64_t>& wanted,
+                        const OnScores& on_scores, const Progress& progress) {
     const auto n = static_cast<int64_t>(tokens.size());
     if (n < 1) {
         throw UsageError("the prompt is empty; give some text");
@@ -156,18 +167,32 @@ bool Session::read(const std::vector<Token>& tokens, const Progress& progress) {
     read_from_us_ = llama_time_us();
     stats_ = {};
     stats_.prompt_tokens = n;
-    const int64_t start = keep_common(tokens);
+    const int64_t start = keep_common(tokens, most);
+    size_t next = 0; // of wanted
+    std::vector<int8_t> outputs;
     for (int64_t at = start; at < n; at += kBatch) {
         if (progress && n - start > kBatch) {
             progress(static_cast<double>(at - start) / static_cast<double>(n - start));
         }
-        const int result = interrupted() ? 2 : decode(tokens.data() + at, std::min(kBatch, n - at));
+        const int64_t count = std::min(kBatch, n - at);
+        const size_t first = next;
+        if (on_scores) {
+            outputs.assign(static_cast<size_t>(count), 0);
+            for (; next < wanted.size() && wanted[next] < at + count; ++next) {
+                outputs[static_cast<size_t>(wanted[next] - at)] = 1;
+            }
+        }
+        const int result =
+            interrupted() ? 2 : decode(tokens.data() + at, count, on_scores ? outputs.data() : nullptr);
         if (result == 2) {
             return false;
         }
         if (result != 0) {
             throw Error(fmt::format("the context of {} has no room for the prompt's {} tokens; use a larger --ctx",
                                     format_count(context_size()), format_count(n)));
+        }
+        if (next > first) {
+            on_scores(first, next - first, llama_get_logits(ctx_.get()));
         }
     }
     if (progress && n - start > kBatch) {

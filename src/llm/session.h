@@ -15,10 +15,13 @@
 
 namespace turboquant::llm {
 
+constexpr int64_t kBatch = 512; // tokens a call of libllama: progress and Ctrl-C come in between
+
 struct SessionOptions {
     KvChoice kv;
     CachePlan plan;                               // of the context wanted: its length and the head sizes
     int threads = 0;                              // 0: default_threads()
+    bool full_cache = false;                      // sliding layers keep all rows, so that going back is exact
     const std::atomic<bool>* interrupt = nullptr; // becomes true: stop what is running. Must outlive the session.
 };
 
@@ -70,6 +73,13 @@ public:
     // cache then holds what had been read. progress: fraction of the tokens that had to be read.
     bool read(const std::vector<Token>& tokens, const Progress& progress);
 
+    // As read(), and gives the model's scores (logits) after each of the positions `wanted` (ascending, below size; not
+    // empty), which are read again where the cache holds them. They come in batches: row i of `logits` (vocabulary
+    // floats each, valid during the call) belongs to wanted[first + i].
+    using OnScores = std::function<void(size_t first, size_t n, const float* logits)>;
+    bool score(const std::vector<Token>& tokens, const std::vector<int64_t>& wanted, const OnScores& on_scores,
+               const Progress& progress);
+
     // Chooses tokens until the model ends its answer, `limit` of them (< 0: no limit) or the context is full; then
     // on_full may make room (true: go on). on_text gets whole characters as they come. Only after read().
     Answer generate(llama_sampler* sampler, int64_t limit, const std::function<void(const std::string&)>& on_text,
@@ -88,8 +98,10 @@ public:
 
 private:
     bool interrupted() const;
-    int decode(const Token* tokens, int64_t n);
-    int64_t keep_common(const std::vector<Token>& tokens);
+    int decode(const Token* tokens, int64_t n, int8_t* outputs = nullptr);
+    int64_t keep_common(const std::vector<Token>& tokens, int64_t most);
+    bool read_from(const std::vector<Token>& tokens, int64_t most, const std::vector<int64_t>& wanted,
+                   const OnScores& on_scores, const Progress& progress);
 
     const Model& model_;
     SessionOptions options_;
