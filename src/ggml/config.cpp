@@ -4,7 +4,10 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <mutex>
 #include <string_view>
+#include <system_error>
 
 extern char** environ; // POSIX
 
@@ -67,6 +70,10 @@ Status parse_kv(std::string_view text, Config& config) {
             return {};
         }
     }
+    if (text == "auto") {
+        config.profile_bits = true;
+        return {};
+    }
     int k = 0;
     int v = 0;
     if (text.find('/') != std::string_view::npos && parse_pair(text, k, v) && is_bits(k) && is_bits(v)) {
@@ -77,7 +84,7 @@ Status parse_kv(std::string_view text, Config& config) {
     return invalid(
         "TURBOQUANT_KV=" + std::string(text) +
         " is not understood: use a preset (tq3 tq4 tq5 tq6) or key/value bits such as 4/4 or 5/4 (2 3 4 5 6 8; "
-        "16/16 stores fp16 unchanged)");
+        "16/16 stores fp16 unchanged), or auto for those that a profile has chosen for each layer");
 }
 
 Status parse_int(const char* name, int least, int most, int& value) {
@@ -98,8 +105,54 @@ Status parse_int(const char* name, int least, int most, int& value) {
 
 std::string Config::summary() const {
     auto side = [](int bits) { return bits == 16 ? std::string("fp16") : std::to_string(bits) + " bits"; };
-    return "keys " + side(key_bits) + ", values " + side(value_bits) + ", window " + std::to_string(window) +
-           ", sinks " + std::to_string(sinks);
+    const std::string bits = profile_bits ? "keys and values as the profile says"
+                                          : "keys " + side(key_bits) + ", values " + side(value_bits);
+    return bits + ", window " + std::to_string(window) + ", sinks " + std::to_string(sinks);
+}
+
+Config Config::in_layer(const LayerProfile* layer) const {
+    Config config = *this;
+    if (profile_bits && layer != nullptr) {
+        config.key_bits = layer->key_bits != 0 ? layer->key_bits : key_bits;
+        config.value_bits = layer->value_bits != 0 ? layer->value_bits : value_bits;
+    }
+    return config;
+}
+
+Status load_profile(const Config& config, std::shared_ptr<const Profile>& profile) {
+    struct Loaded {
+        std::string path;
+        std::filesystem::file_time_type time;
+        uintmax_t size = 0;
+        std::shared_ptr<const Profile> profile;
+    };
+    static std::mutex mutex;
+    static Loaded last;
+    profile.reset();
+    if (config.profile.empty()) {
+        return config.profile_bits ? invalid("TURBOQUANT_KV=auto takes the bits from a profile, and TURBOQUANT_PROFILE "
+                                             "names none: set it to one made by `tq tune --budget`, or choose bits")
+                                   : Status();
+    }
+    std::error_code time_error;
+    std::error_code size_error;
+    const auto time = std::filesystem::last_write_time(config.profile, time_error);
+    const auto size = std::filesystem::file_size(config.profile, size_error);
+    const std::lock_guard lock(mutex);
+    if (time_error || size_error || last.profile == nullptr || last.path != config.profile || last.time != time ||
+        last.size != size) {
+        auto read = std::make_shared<Profile>();
+        if (Status status = read_profile(config.profile, *read); !status.ok()) {
+            return status;
+        }
+        last = {config.profile, time, size, std::move(read)};
+    }
+    if (config.profile_bits && !last.profile->has_bits()) {
+        return invalid("TURBOQUANT_KV=auto takes the bits from the profile '" + config.profile +
+                       "', which has none: make it with `tq tune --budget`, or choose bits");
+    }
+    profile = last.profile;
+    return {};
 }
 
 Status read_config(Config& config, std::string& unknown) {
@@ -123,6 +176,16 @@ Status read_config(Config& config, std::string& unknown) {
         if (!status.ok()) {
             return status;
         }
+    }
+    if (const char* path = std::getenv("TURBOQUANT_PROFILE")) {
+        config.profile = path; // empty: as if unset
+    }
+    if (const char* text = std::getenv("TURBOQUANT_CALIBRATE")) {
+        const std::string_view value = text;
+        if (value != "on" && value != "off") {
+            return invalid(std::string("TURBOQUANT_CALIBRATE=") + text + " is neither on nor off");
+        }
+        config.calibrate = value == "on";
     }
     if (const char* text = std::getenv("TURBOQUANT_HEAD_SIZE")) {
         if (!parse_pair(text, config.key_head_size, config.value_head_size) || config.key_head_size < 4 ||

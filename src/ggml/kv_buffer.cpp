@@ -117,7 +117,17 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
     }
     KvBuffer* kv = context_of(buffer);
     const std::lock_guard lock(kv->mutex);
-    kv->tensors.push_back(std::make_unique<KvTensor>(*tensor, side, layer, kv->config));
+    const LayerProfile* profile = kv->profile == nullptr ? nullptr : kv->profile->find(layer);
+    if (profile != nullptr && side == Side::key && tensor->ne[0] != 0 &&
+        tensor->ne[0] != int64_t{profile->head_size} * profile->kv_heads) {
+        log_error("layer " + std::to_string(layer) + " of the profile '" + kv->config.profile + "' has " +
+                  std::to_string(profile->kv_heads) + " KV heads of " + std::to_string(profile->head_size) +
+                  ", the model's keys have " + std::to_string(tensor->ne[0]) +
+                  " elements: the profile is of another model; run `tq tune` for this one");
+        return GGML_STATUS_FAILED;
+    }
+    kv->tensors.push_back(
+        std::make_unique<KvTensor>(*tensor, side, layer, kv->config.in_layer(profile), profile));
     tensor->extra = kv->tensors.back().get();
     return GGML_STATUS_SUCCESS;
 }
@@ -224,8 +234,12 @@ ggml_backend_buffer_t allocate_kv(size_t size) {
     }
     if (!unknown.empty()) {
         log_error("unknown settings " + unknown +
-                  ": known are TURBOQUANT_KV, _WINDOW, _SINKS, _SINK_SEQUENCES, _HEAD_SIZE, _ISA; "
-                  "correct or unset them");
+                  ": known are TURBOQUANT_KV, _PROFILE, _CALIBRATE, _WINDOW, _SINKS, _SINK_SEQUENCES, _HEAD_SIZE, "
+                  "_ISA; correct or unset them");
+        return nullptr;
+    }
+    if (Status status = load_profile(kv->config, kv->profile); !status.ok()) {
+        log_error(status.message());
         return nullptr;
     }
     // Address space for the host's arithmetic on tensor addresses; nothing is ever stored in it.
@@ -236,7 +250,8 @@ ggml_backend_buffer_t allocate_kv(size_t size) {
     }
     kv->base = base;
     kv->size = size;
-    log_info("KV cache: " + kv->config.summary() + " (" + std::string(isa_name(kv->config.isa)) + ")");
+    log_info("KV cache: " + kv->config.summary() + " (" + std::string(isa_name(kv->config.isa)) + ")" +
+             (kv->profile == nullptr ? "" : ", profile " + kv->config.profile));
     if (host_asserts_sizes()) {
         log_info("this is a debug build of ggml: the KV size it reports is that of the uncompressed cache; the memory "
                  "used is the "
@@ -270,7 +285,8 @@ size_t type_alignment(ggml_backend_buffer_type_t) {
 size_t type_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor* tensor) {
     const size_t plain = ggml_nbytes(tensor);
     Side side = Side::key;
-    if (tensor->view_src != nullptr || !parse_kv_name(tensor->name, side)) {
+    int layer = 0;
+    if (tensor->view_src != nullptr || !parse_kv_name(tensor->name, side, &layer)) {
         if (tensor->view_src == nullptr) {
             t_sizing.entries.clear();
         }
@@ -280,9 +296,13 @@ size_t type_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor* tensor) {
     if (plain_type(tensor->type)) {
         Config config;
         std::string unknown;
+        std::shared_ptr<const Profile> profile;
         // A wrong setting is reported when the buffer is allocated; here there is no way to refuse.
-        if (read_config(config, unknown).ok() && !KvTensor::reserve_bytes(*tensor, side, config, bytes).ok()) {
-            bytes = plain;
+        if (read_config(config, unknown).ok() && load_profile(config, profile).ok()) {
+            const LayerProfile* in_profile = profile == nullptr ? nullptr : profile->find(layer);
+            if (!KvTensor::reserve_bytes(*tensor, side, config.in_layer(in_profile), bytes).ok()) {
+                bytes = plain;
+            }
         }
         if (host_asserts_sizes()) {
             bytes = std::max(bytes, plain);
@@ -324,6 +344,50 @@ ggml_backend_buffer_type_t kv_buffer_type() {
 }
 int live_kv_buffers() {
     return g_live_kv_buffers;
+}
+
+void report_sources(KvBuffer& buffer) {
+    int calibrating = 0; // tensors that began so
+    int waiting = 0;
+    int unknown = 0;
+    int from_rows = 0;
+    int with_profile = 0;
+    int checked = 0;
+    int doubtful = 0;
+    for (const auto& tensor : buffer.tensors) {
+        const KeySource& source = tensor->key_source();
+        if (tensor->head_size() == 0) {
+            continue; // in no graph
+        }
+        calibrating += source.calibrates();
+        waiting += source.state() == KeySource::State::waiting;
+        unknown += source.state() == KeySource::State::unknown;
+        from_rows += source.state() == KeySource::State::rows;
+        with_profile += source.state() == KeySource::State::profile;
+        checked += source.checked();
+        doubtful += source.doubtful();
+    }
+    if (!buffer.calibration_reported && calibrating > 0 && waiting == 0) {
+        buffer.calibration_reported = true;
+        if (from_rows > 0) {
+            log_info("keys are conditioned from the first " + std::to_string(KeySource::kCalibrationRows) +
+                     " rows of this cache (" + std::to_string(from_rows) + " layers)");
+        }
+        if (unknown > 0) {
+            log_info("keys of " + std::to_string(unknown) +
+                     " layers are not conditioned: this host's graph does not show how they turn with their position; a "
+                     "profile (`tq tune`, TURBOQUANT_PROFILE) would make them more exact");
+        }
+    }
+    if (!buffer.profile_reported && with_profile > 0 && checked == with_profile) {
+        buffer.profile_reported = true;
+        if (2 * doubtful > checked) {
+            log_warning("the profile '" + buffer.config.profile +
+                        "' does not seem to be of this model (its means leave more of the keys of " +
+                        std::to_string(doubtful) + " of " + std::to_string(checked) +
+                        " layers than there was): run `tq tune`");
+        }
+    }
 }
 
 KvRef find_kv(const ggml_tensor* tensor) {

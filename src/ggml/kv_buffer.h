@@ -8,7 +8,7 @@
 
 #include "abi.h"
 #include "config.h"
-#include "tuner.h"
+#include "key_source.h"
 
 #include "turboquant/store.h"
 
@@ -24,7 +24,8 @@ namespace turboquant::plugin {
 // One layer's K or V: a store per stream. Not thread-safe; the owner's mutex guards it.
 class KvTensor {
 public:
-    KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config);
+    // config: the layer's (Config::in_layer). profile: the layer's part, copied, or null.
+    KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config, const LayerProfile* profile);
 
     const std::string& name() const { return name_; }
     int layer() const { return layer_; } // N of cache_k_l<N>
@@ -37,6 +38,8 @@ public:
     size_t row_bytes() const { return row_bytes_; }
     int head_size() const { return head_size_; } // 0 until known
     RopeFacts& rope() { return rope_; }          // of keys
+    KeySource& key_source() { return source_; }  // of keys; of other tensors it does nothing
+    Stores& stores() { return stores_; }
 
     // The host never says the head size when it allocates; its graph does. Creates the stores at the first call; a
     // later call with another size is an error.
@@ -52,7 +55,9 @@ public:
     // Rows (over all streams) whose last restoring failed: the host has no way to hear of it then, so attention refuses
     // to answer from them. A row leaves the set when it is written, restored or cleared.
     const std::set<int64_t>& damaged() const { return damaged_; }
-    void mark_written(int64_t row) { damaged_.erase(row); }
+    void mark_written(int64_t row);
+    // A damaged row that only lacks the conditioning it was made with, as too few rows of its kind have come.
+    bool is_pending(int64_t row) const { return pending_.contains(row); }
     // Stream `to` becomes what stream `from` of `source` is.
     Status copy_stream(KvTensor& source, int64_t from, int64_t to);
     void clear();
@@ -65,7 +70,23 @@ private:
         std::vector<uint8_t> bytes;
         size_t filled = 0;
     };
+    // Rows that were saved with a conditioning which is not this tensor's.
+    struct Foreign {
+        std::vector<std::vector<uint8_t>> pieces; // of its record
+        bool complete = false;
+        Conditioning conditioning;
+        std::unique_ptr<Store> reader; // of one row
+    };
+    struct PendingRow {
+        uint32_t id = 0;
+        int64_t age_shift = 0;
+        std::vector<uint8_t> bytes;
+    };
     Status write_row(int64_t row, const uint8_t* data, int64_t age_shift);
+    Status write_foreign_row(int64_t row, const uint8_t* data, int64_t age_shift, const Store::NativePiece& piece);
+    Status collect_piece(const Store::NativePiece& piece, Foreign& foreign);
+    Status translate(int64_t row, const uint8_t* data, int64_t age_shift, int block, Foreign& foreign);
+    Status one_row_store(const Conditioning& conditioning, std::unique_ptr<Store>& out) const;
     void read_row(int64_t row, uint8_t* out) const;
 
     std::string name_;
@@ -73,6 +94,7 @@ private:
     int layer_;
     Config config_;
     RopeFacts rope_;
+    int profile_head_size_ = 0; // 0: no profile
     int elements_;
     int64_t cells_;
     int64_t streams_;
@@ -80,7 +102,11 @@ private:
     size_t row_bytes_;
     size_t reserved_ = 0;
     int head_size_ = 0;
-    std::vector<std::unique_ptr<Store>> stores_;
+    KeySource source_;
+    Stores stores_;
+    std::map<uint32_t, Foreign> foreign_; // by conditioning id
+    std::map<int64_t, PendingRow> pending_;
+    std::unique_ptr<Store> writer_; // of one row, with this tensor's conditioning
     std::map<int64_t, PartialRow> partial_;
     std::set<int64_t> damaged_;
 };
@@ -90,7 +116,10 @@ private:
 struct KvBuffer {
     std::mutex mutex;
     Config config;
+    std::shared_ptr<const Profile> profile;
     std::vector<std::unique_ptr<KvTensor>> tensors;
+    bool calibration_reported = false;
+    bool profile_reported = false;
     void* base = nullptr; // address space only
     size_t size = 0;
 };
@@ -102,6 +131,10 @@ struct KvRef {
     KvTensor* tensor = nullptr;
 };
 KvRef find_kv(const ggml_tensor* tensor);
+
+// Says, once, that all keys are conditioned from the running cache (or why not), or that a profile does not fit them.
+// Cheap; to be called when a tensor's source may have changed.
+void report_sources(KvBuffer& buffer);
 
 // Sets up both buffer types for `device`. Called once.
 void init_buffer_types(ggml_backend_dev_t device);

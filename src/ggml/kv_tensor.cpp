@@ -7,6 +7,8 @@
 namespace turboquant::plugin {
 namespace {
 
+constexpr int kMostCodeBits = 8; // above, rows are stored as they are
+
 StoreShape shape_of(Side side, int elements, int64_t cells, int head_size) {
     return {.side = side, .head_size = head_size, .kv_heads = elements / head_size, .rows = cells};
 }
@@ -21,7 +23,7 @@ StoreOptions options_of(Side side, const Config& config, int64_t streams) {
 
 } // namespace
 
-KvTensor::KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config)
+KvTensor::KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config& config, const LayerProfile* profile)
     : name_(tensor.name),
       side_(side),
       layer_(layer),
@@ -30,7 +32,12 @@ KvTensor::KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config
       cells_(tensor.ne[1]),
       streams_(tensor.ne[2]),
       type_(tensor.type),
-      row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {}
+      row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {
+    if (side == Side::key && config.key_bits <= kMostCodeBits && elements_ > 0) {
+        source_ = KeySource(profile, config.calibrate);
+        profile_head_size_ = profile == nullptr ? 0 : profile->head_size;
+    }
+}
 
 Status KvTensor::reserve_bytes(const ggml_tensor& tensor, Side side, const Config& config, size_t& bytes) {
     const int elements = static_cast<int>(tensor.ne[0]);
@@ -80,10 +87,19 @@ Status KvTensor::set_head_size(int head_size) {
         log_warning("TURBOQUANT_HEAD_SIZE says " + std::to_string(hint) + " but " + name_ + " has heads of " +
                     std::to_string(head_size) + ": the reported KV size is not exact");
     }
-    std::vector<std::unique_ptr<Store>> stores(static_cast<size_t>(streams_));
+    if (profile_head_size_ != 0 && profile_head_size_ != head_size) {
+        return invalid("layer " + std::to_string(layer_) + " of the profile '" + config_.profile + "' has " +
+                       std::to_string(elements_ / profile_head_size_) + " KV heads of " +
+                       std::to_string(profile_head_size_) + ", the model has " +
+                       std::to_string(elements_ / head_size) + " of " + std::to_string(head_size) +
+                       ": the profile is of another model; run `tq tune` for this one");
+    }
+    Stores stores(static_cast<size_t>(streams_));
     for (auto& store : stores) {
-        Status status = Store::create(shape_of(side_, elements_, cells_, head_size),
-                                      options_of(side_, config_, streams_), {}, store);
+        StoreOptions options = options_of(side_, config_, streams_);
+        options.calibration_rows = source_.calibration_rows();
+        Status status =
+            Store::create(shape_of(side_, elements_, cells_, head_size), options, source_.initial(), store);
         if (!status.ok()) {
             return {status.code(), name_ + ": " + status.message()};
         }
@@ -107,6 +123,7 @@ void KvTensor::read_row(int64_t row, uint8_t* out) const {
 }
 
 Status KvTensor::write_row(int64_t row, const uint8_t* data, int64_t age_shift) {
+    pending_.erase(row);
     if (stores_.empty()) {
         // Before the first graph nothing can have been stored; zeros are what is there.
         const bool zero = std::all_of(data, data + row_bytes_, [](uint8_t byte) { return byte == 0; });
@@ -114,6 +131,10 @@ Status KvTensor::write_row(int64_t row, const uint8_t* data, int64_t age_shift) 
     }
     Store& store = *stores_[static_cast<size_t>(row / cells_)];
     const int64_t cell = row % cells_;
+    Store::NativePiece piece;
+    if (side_ == Side::key && store.native_piece(data, piece) && piece.conditioning_id != store.conditioning_id()) {
+        return write_foreign_row(row, data, age_shift, piece);
+    }
     bool not_native = false;
     if (Status status = store.write_native(cell, data, not_native, age_shift); !status.ok() || !not_native) {
         return status;
@@ -121,6 +142,125 @@ Status KvTensor::write_row(int64_t row, const uint8_t* data, int64_t age_shift) 
     std::vector<float> values(static_cast<size_t>(elements_));
     ggml_get_type_traits(type_)->to_float(data, values.data(), elements_);
     return store.write(values.data(), elements_, &cell, 1, ParallelFor{}, nullptr);
+}
+
+void KvTensor::mark_written(int64_t row) {
+    damaged_.erase(row);
+    pending_.erase(row);
+}
+
+// A store of one row like this tensor's, without exact rows.
+Status KvTensor::one_row_store(const Conditioning& conditioning, std::unique_ptr<Store>& out) const {
+    StoreOptions options;
+    options.bits = config_.key_bits;
+    return Store::create(shape_of(side_, elements_, 1, head_size_), options, conditioning, out);
+}
+
+// From codes made with another conditioning to codes made with this tensor's.
+Status KvTensor::translate(int64_t row, const uint8_t* data, int64_t age_shift, int block, Foreign& foreign) {
+    Store& store = *stores_[static_cast<size_t>(row / cells_)];
+    if (foreign.reader == nullptr) {
+        if (Status status = one_row_store(foreign.conditioning, foreign.reader); !status.ok()) {
+            return status;
+        }
+    }
+    if (writer_ == nullptr || writer_->conditioning_id() != store.conditioning_id()) {
+        if (Status status = one_row_store(store.conditioning(), writer_); !status.ok()) {
+            return status;
+        }
+    }
+    bool not_native = false;
+    if (Status status = foreign.reader->write_native(0, data, not_native); !status.ok()) {
+        return status;
+    }
+    std::vector<float> values(static_cast<size_t>(elements_));
+    const int64_t first = 0;
+    const int32_t position = block * kPositionBlock + kPositionBlock / 2;
+    Status status = foreign.reader->read(0, values.data());
+    if (status.ok()) {
+        status = writer_->write(values.data(), elements_, &first, 1, ParallelFor{}, nullptr, &position);
+    }
+    std::vector<uint8_t> bytes(row_bytes_);
+    writer_->read_native(0, bytes.data());
+    return status.ok() ? store.write_native(row % cells_, bytes.data(), not_native, age_shift) : status;
+}
+
+Status KvTensor::collect_piece(const Store::NativePiece& piece, Foreign& foreign) {
+    if (piece.count == 0) {
+        return {};
+    }
+    if (foreign.pieces.empty()) {
+        foreign.pieces.resize(static_cast<size_t>(piece.count));
+    }
+    const auto index = static_cast<size_t>(piece.index);
+    if (foreign.pieces.size() != static_cast<size_t>(piece.count) || index >= foreign.pieces.size()) {
+        return invalid("rows disagree about what they were made with; save the cache again");
+    }
+    foreign.pieces[index].assign(piece.data, piece.data + piece.size);
+    if (std::any_of(foreign.pieces.begin(), foreign.pieces.end(), [](const auto& p) { return p.empty(); })) {
+        return {};
+    }
+    std::vector<uint8_t> record;
+    for (const auto& part : foreign.pieces) {
+        record.insert(record.end(), part.begin(), part.end());
+    }
+    const int kv_heads = elements_ / head_size_;
+    Status status = read_conditioning(record.data(), record.size(), head_size_, kv_heads, foreign.conditioning);
+    if (status.ok() && conditioning_id(foreign.conditioning, head_size_, kv_heads) != piece.conditioning_id) {
+        status = invalid("rows are not of the conditioning that they bring; save the cache again");
+    }
+    foreign.complete = status.ok();
+    if (!status.ok()) {
+        foreign.pieces.clear();
+    }
+    return status;
+}
+
+Status KvTensor::write_foreign_row(int64_t row, const uint8_t* data, int64_t age_shift,
+                                   const Store::NativePiece& piece) {
+    constexpr size_t kMostForeign = 16; // no honest host restores rows of that many caches at once
+    if (foreign_.size() >= kMostForeign && !foreign_.contains(piece.conditioning_id)) {
+        std::erase_if(foreign_, [](const auto& entry) { return entry.second.complete; });
+    }
+    Foreign& foreign = foreign_[piece.conditioning_id];
+    if (piece.conditioning_id == 0) {
+        foreign.complete = true; // codes of the keys as they are
+    }
+    if (!foreign.complete) {
+        pending_[row] = {piece.conditioning_id, age_shift, std::vector<uint8_t>(data, data + row_bytes_)};
+        damaged_.insert(row);
+        Status status = collect_piece(piece, foreign);
+        if (!status.ok() || !foreign.complete) {
+            return status.ok() ? status : Status{status.code(), name_ + ": " + status.message()};
+        }
+        foreign.pieces.clear();
+        if (source_.state() == KeySource::State::waiting) {
+            status = source_.adopt(foreign.conditioning, stores_);
+            if (status.ok() && rope_.known) {
+                status = source_.see_turns(rope_, stores_, ParallelFor{});
+            }
+            if (!status.ok()) {
+                return status;
+            }
+        }
+        for (auto at = pending_.begin(); at != pending_.end();) {
+            if (at->second.id != piece.conditioning_id) {
+                ++at;
+                continue;
+            }
+            const PendingRow pending = std::move(at->second);
+            const int64_t pending_row = at->first;
+            at = pending_.erase(at);
+            Status written = write_row(pending_row, pending.bytes.data(), pending.age_shift);
+            if (written.ok()) {
+                damaged_.erase(pending_row);
+            } else {
+                status = written;
+            }
+        }
+        return status;
+    }
+    return translate(row, data, age_shift, piece.block, foreign);
 }
 
 Status KvTensor::read_bytes(size_t offset, size_t size, uint8_t* out) {
@@ -166,6 +306,7 @@ Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
         Status status;
         if (count == row_bytes_) {
             partial_.erase(row);
+            damaged_.erase(row);
             status = write_row(row, data, age_shift);
         } else {
             PartialRow& partial = partial_[row];
@@ -173,13 +314,12 @@ Status KvTensor::write_bytes(size_t offset, size_t size, const uint8_t* data) {
             std::memcpy(partial.bytes.data() + begin, data, count);
             partial.filled += count;
             if (partial.filled >= row_bytes_) {
+                damaged_.erase(row);
                 status = write_row(row, partial.bytes.data(), age_shift);
                 partial_.erase(row);
             }
         }
-        if (status.ok()) {
-            damaged_.erase(row);
-        } else {
+        if (!status.ok()) {
             damaged_.insert(row);
             first_error = first_error.ok() ? status : first_error;
         }
@@ -217,6 +357,7 @@ Status KvTensor::copy_stream(KvTensor& source, int64_t from, int64_t to) {
     Status status = stores_[static_cast<size_t>(to)]->copy_from(*source.stores_[static_cast<size_t>(from)]);
     if (status.ok()) {
         damaged_.erase(damaged_.lower_bound(to * cells_), damaged_.lower_bound((to + 1) * cells_));
+        pending_.erase(pending_.lower_bound(to * cells_), pending_.lower_bound((to + 1) * cells_));
         std::set<int64_t> copied;
         for (const int64_t row : source.damaged_) {
             if (row / source.cells_ == from) {
@@ -224,6 +365,12 @@ Status KvTensor::copy_stream(KvTensor& source, int64_t from, int64_t to) {
             }
         }
         damaged_.merge(copied);
+        std::map<int64_t, PendingRow> waiting;
+        for (auto at = source.pending_.lower_bound(from * cells_); &source == this && at != pending_.end() &&
+                                                                   at->first < (from + 1) * cells_; ++at) {
+            waiting[to * cells_ + at->first % cells_] = at->second;
+        }
+        pending_.merge(waiting);
     }
     return status;
 }
@@ -234,6 +381,8 @@ void KvTensor::clear() {
     }
     partial_.clear();
     damaged_.clear();
+    pending_.clear();
+    foreign_.clear();
 }
 
 } // namespace turboquant::plugin

@@ -59,6 +59,12 @@ Status check_damaged(const KvTensor& tensor, int64_t stream, const AttentionCall
          ++row) {
         for (int64_t i = 0; i < call.n_queries; ++i) {
             if (call.mask == nullptr || call.mask[i * call.mask_query_stride + *row - first] != kHalfMinusInfinity) {
+                if (tensor.is_pending(*row)) {
+                    return invalid(tensor.name() + ": row " + std::to_string(*row) +
+                                   " was saved by a cache with other conditioning, and too few of its rows came with it to "
+                                   "know which: restore more of it or use the profile it was made with (TURBOQUANT_PROFILE), "
+                                   "or clear the sequence and read the prompt again");
+                }
                 return invalid(
                     tensor.name() + ": row " + std::to_string(*row) +
                     " could not be restored from the saved state (see the message above): clear the sequence and read "
@@ -99,7 +105,7 @@ Status OpContext::learn_rope(KvTensor& tensor, const RopeTrace& trace) {
     }
     facts.signature = std::move(signature);
     facts.known = true;
-    return {};
+    return tensor.key_source().see_turns(facts, tensor.stores(), parallel());
 }
 
 const int32_t* OpContext::batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n) {
@@ -159,7 +165,7 @@ Status OpContext::set_rows(const ggml_tensor* op) {
             return {status.code(), tensor.name() + ": " + status.message()};
         }
         positions = batch_positions(tensor, trace, n);
-        keep_keys = tuning();
+        keep_keys = tuning() || tensor.key_source().wants_rows();
     }
     for (int64_t begin = 0; begin < n;) {
         const int64_t stream = index_at(indices, begin) / tensor.cells();
@@ -177,10 +183,12 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         // A single row needs no staging when there is a ring: after the write the ring is what the query is to see.
         // Nor can a stream that a batch visits twice be staged: its queries then see the ring as it is at the end.
         const bool first_visit = batch.store == nullptr;
-        const bool exact_rows = store.options().window + store.options().sink_slots > 0;
-        batch.staged = exact_rows && first_visit && (end - begin > 1 || store.options().window == 0);
+        const bool ring = store.options().window > 0 || store.calibrating();
+        const bool exact_rows = ring || store.options().sink_slots > 0;
+        batch.staged = exact_rows && first_visit && (end - begin > 1 || !ring);
         Status status = store.write(x + begin * stride, stride, cells_.data(), end - begin, parallel(),
-                                    batch.staged ? &batch.staging : nullptr);
+                                    batch.staged ? &batch.staging : nullptr,
+                                    positions != nullptr ? positions + begin : nullptr);
         if (!status.ok()) {
             return {status.code(), tensor.name() + ": " + status.message()};
         }
@@ -204,7 +212,9 @@ Status OpContext::set_rows(const ggml_tensor* op) {
     return {};
 }
 
-Status OpContext::observe(const ggml_tensor* op, KvTensor& tensor, int64_t first_stream) {
+Status OpContext::observe(const ggml_tensor* op, KvBuffer& buffer, KvTensor& tensor, int64_t first_stream) {
+    KeySource& source = tensor.key_source();
+    bool seen = false;
     const ggml_tensor* q = op->src[0];
     const int64_t n_streams = op->src[1]->ne[3];
     const int kv_heads = tensor.elements() / tensor.head_size();
@@ -224,8 +234,26 @@ Status OpContext::observe(const ggml_tensor* op, KvTensor& tensor, int64_t first
             if (tuning()) {
                 tune_row(tensor.layer(), tensor.head_size(), kv_heads, tensor.rope(), row);
             }
+            source.add(row, tensor.head_size(), kv_heads);
         }
         batch->keys.clear();
+        seen = true;
+    }
+    if (source.complete()) {
+        std::vector<const Staging*> staging(static_cast<size_t>(tensor.streams()));
+        for (size_t stream = 0; stream < staging.size(); ++stream) {
+            const Batch& batch = batches(Side::key)[stream];
+            staging[stream] = batch.staged && batch.store == tensor.stores()[stream].get() ? &batch.staging : nullptr;
+        }
+        if (Status status = source.finish(tensor.stores(), staging, parallel()); !status.ok()) {
+            return {status.code(), tensor.name() + ": " + status.message()};
+        }
+    }
+    if (seen && !source.wants_rows()) {
+        for (Batch& batch : batches(Side::key)) {
+            std::vector<float>().swap(batch.keys);
+        }
+        report_sources(buffer);
     }
     return {};
 }
@@ -302,7 +330,24 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
                                              " that does not start at its first row"};
     }
 
-    if (Status status = observe(op, *keys.tensor, first_stream); !status.ok()) {
+    // First rows are pinned before conditioning, which may take the ring they are in.
+    const int sinks = keys.tensor->config().sinks;
+    for (int64_t s = 0; s < k->ne[3] && sinks > 0; ++s) {
+        const int64_t stream = first_stream + s;
+        Store& k_store = *keys.tensor->store(stream);
+        Store* v_store = shared ? nullptr : values.tensor->store(stream);
+        if (k_store.options().sink_slots == 0) {
+            continue;
+        }
+        Batch* k_batch = find_batch(Side::key, stream, &k_store, q->ne[1]);
+        Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, v_store, q->ne[1]);
+        if (Status status =
+                pin_first_rows(mask, s, q->ne[1], k->ne[1], k_store, v_store, k_batch, v_batch, sinks);
+            !status.ok()) {
+            return status;
+        }
+    }
+    if (Status status = observe(op, *keys.buffer, *keys.tensor, first_stream); !status.ok()) {
         return status;
     }
     for (int64_t s = 0; s < k->ne[3]; ++s) {
@@ -334,14 +379,6 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
         Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, &v_store, call.n_queries);
         for (const KvTensor* tensor : {keys.tensor, values.tensor}) {
             if (Status status = check_damaged(*tensor, stream, call); !status.ok()) {
-                return status;
-            }
-        }
-        const int sinks = keys.tensor->config().sinks;
-        if (sinks > 0 && k_store.options().sink_slots > 0) {
-            Status status = pin_first_rows(mask, s, call.n_queries, call.n_rows, k_store, shared ? nullptr : &v_store,
-                                           k_batch, v_batch, sinks);
-            if (!status.ok()) {
                 return status;
             }
         }
@@ -450,7 +487,7 @@ Status OpContext::rope(const ggml_tensor* op) {
                             static_cast<size_t>(channels) * sizeof(float));
             }
             if (status.ok()) {
-                status = store.rewrite(row % tensor.cells(), values.data());
+                status = store.rewrite(row % tensor.cells(), values.data(), shift[row]);
             }
         }
         ggml_free(ctx);

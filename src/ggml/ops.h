@@ -44,8 +44,9 @@ private:
     Status learn_rope(KvTensor& tensor, const RopeTrace& trace);
     // Of the rows that a key tensor is about to get; null if unknown.
     const int32_t* batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n);
-    // What statistics learn of the keys that this attention's batch has written, and of its queries.
-    Status observe(const ggml_tensor* op, KvTensor& tensor, int64_t first_stream);
+    // Statistics of the keys that this attention's batch has written and of its queries; conditions the stores when the
+    // key tensor's source is complete.
+    Status observe(const ggml_tensor* op, KvBuffer& buffer, KvTensor& tensor, int64_t first_stream);
     Batch* find_batch(Side side, int64_t stream, const Store* store, int64_t n_queries);
     Status pin_first_rows(const ggml_tensor* mask, int64_t stream_in_batch, int64_t n_queries, int64_t n_rows, Store& k,
                           Store* v, Batch* k_batch, Batch* v_batch, int sinks);

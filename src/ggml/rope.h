@@ -32,6 +32,14 @@ struct RopeTrace {
     std::vector<int32_t> signature() const;
 };
 
+// How the keys of a tensor turn, as far as a graph has said.
+struct RopeFacts {
+    bool known = false; // the graph has been read
+    RopeTrace::Kind kind = RopeTrace::Kind::unknown;
+    std::vector<RopePair> pairs;
+    std::vector<int32_t> signature;
+};
+
 // Follows op->src[0] of a SET_ROWS into a tensor whose heads have `head_size` channels. Borrows from the graph.
 RopeTrace trace_rope(const ggml_tensor* set_rows, int head_size);
 

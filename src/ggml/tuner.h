@@ -10,14 +10,6 @@
 
 namespace turboquant::plugin {
 
-// How the keys of a tensor turn, as far as a graph has said.
-struct RopeFacts {
-    bool known = false; // the graph has been read
-    RopeTrace::Kind kind = RopeTrace::Kind::unknown;
-    std::vector<RopePair> pairs;
-    std::vector<int32_t> signature;
-};
-
 // Positions below this are not counted in any statistics: attention sinks are like no other row.
 inline constexpr int32_t kFirstPosition = 4;
 

@@ -1,0 +1,91 @@
+#include "key_source.h"
+
+#include <utility>
+
+namespace turboquant::plugin {
+namespace {
+
+constexpr int kRepeats = 3;       // a row like that many before it says nothing new
+constexpr int kCheckedRows = 64;  // of a profile's first keys
+constexpr double kDoubtful = 1.2; // residual: a fitting profile leaves well below 1 (tests/plugin_profile_test.cpp)
+
+} // namespace
+
+KeySource::KeySource(const LayerProfile* profile, bool calibrate) {
+    if (profile != nullptr) {
+        state_ = State::profile;
+        conditioning_ = profile->keys;
+    } else if (calibrate) {
+        state_ = State::waiting;
+        calibrates_ = true;
+    }
+}
+
+Status KeySource::condition(Stores& stores, const std::vector<const Staging*>& staging, const ParallelFor& parallel) {
+    for (size_t stream = 0; stream < stores.size(); ++stream) {
+        const Staging* staged = stream < staging.size() ? staging[stream] : nullptr;
+        if (Status status = stores[stream]->condition(conditioning_, staged, parallel); !status.ok()) {
+            return status;
+        }
+    }
+    return {};
+}
+
+Status KeySource::see_turns(const RopeFacts& facts, Stores& stores, const ParallelFor& parallel) {
+    const bool known = facts.kind != RopeTrace::Kind::unknown;
+    const int head_size = stores[0]->shape().head_size;
+    const int kv_heads = stores[0]->shape().kv_heads;
+    if (state_ == State::waiting) {
+        if (known) {
+            statistics_.emplace(head_size, kv_heads, facts.pairs);
+            n_counted_ = 0;
+            return {};
+        }
+        state_ = State::unknown; // conditioning_ is empty: the ring shrinks
+        return condition(stores, {}, parallel);
+    }
+    Status status;
+    if (known && !conditioning_.mu.empty() && !same_turns(conditioning_.rope, facts.pairs)) {
+        conditioning_.rope = facts.pairs;
+        status = condition(stores, {}, parallel);
+    }
+    if (state_ == State::profile && !checked_ && known) {
+        statistics_.emplace(head_size, kv_heads, conditioning_.rope);
+    }
+    return status;
+}
+
+void KeySource::add(const SeenRow& row, int head_size, int kv_heads) {
+    if (!statistics_ || row.position < kFirstPosition || complete()) {
+        return;
+    }
+    const int64_t before = statistics_->keys();
+    if (state_ == State::waiting && row.finite(head_size, kv_heads) &&
+        statistics_->repeats(row.key, row.position, kRepeats)) {
+        return;
+    }
+    add_row(row, head_size, kv_heads, *statistics_);
+    n_counted_ += static_cast<int>(statistics_->keys() - before);
+    if (state_ == State::profile && n_counted_ >= kCheckedRows) {
+        residual_ = statistics_->residual(conditioning_);
+        checked_ = true;
+        doubtful_ = residual_ > kDoubtful;
+        statistics_.reset();
+    }
+}
+
+Status KeySource::finish(Stores& stores, const std::vector<const Staging*>& staging, const ParallelFor& parallel) {
+    conditioning_ = storable(statistics_->conditioning());
+    state_ = State::rows;
+    statistics_.reset();
+    return condition(stores, staging, parallel);
+}
+
+Status KeySource::adopt(const Conditioning& conditioning, Stores& stores) {
+    conditioning_ = conditioning;
+    state_ = State::restored;
+    statistics_.reset();
+    return condition(stores, {}, ParallelFor{});
+}
+
+} // namespace turboquant::plugin
