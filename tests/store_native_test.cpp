@@ -416,8 +416,8 @@ TEST(Native, FormatIsPinned) {
               "003c80b9803e00ac00bf803880bcc03c00b8403f003041be003a81bb803d01b5");
     ASSERT_TRUE(write_row(*store, 1, 1).ok());
     EXPECT_EQ(hex(native_row(*store, 0), 54),
-              "547f517f02000400400001000000000000000000787021f5672798ab9c68a2e0d55c3b3c8024bb23be9de313ea392816"
-              "12bb8cc1100c");
+              "547f517f020004004000010000000000000000003c1271c3b525a8acad78b2f0e66d4b4d8035bc34bf9ef414fb492827"
+              "22cc9dd2100d");
 }
 
 } // namespace

@@ -20,6 +20,11 @@ struct EncodeTable {
     int n_thresholds = 0; // 2^(bits-1) - 1; 0 for 8 bits
     int first_level = 0;
     float threshold[31] = {}; // of |y| / sigma: midpoints between the centroids
+    // With r = (n / 64)^(1/4), sigma is stretched by 1 + slope / r * (largest |y| / sigma - origin - growth * r), within
+    // 0.75..1.25.
+    float stretch_slope = 0;
+    float stretch_origin = 0;
+    float stretch_growth = 0;
     // What crossing threshold k adds to (m << 8 | level[m]): one sum gives the index and the integer of the codebook.
     int32_t step[31] = {};
 };
