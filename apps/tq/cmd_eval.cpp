@@ -148,7 +148,8 @@ Command add_eval(CLI::App& program) {
     CLI::App* eval = program.add_subcommand("eval", "what cache settings cost: kld, ppl (perplexity), niah (needles)");
     eval->require_subcommand(1);
     const std::vector<std::pair<std::string, Command>> commands = {{"kld", add_eval_kld(*eval)},
-                                                                   {"ppl", add_eval_ppl(*eval)}};
+                                                                   {"ppl", add_eval_ppl(*eval)},
+                                                                   {"niah", add_eval_niah(*eval)}};
     return [eval, commands] {
         for (const auto& [name, command] : commands) {
             if (eval->got_subcommand(name)) {
