@@ -234,6 +234,34 @@ TEST(Condition, AShiftMovesRowsToTheirNewBlock) {
     EXPECT_LT(error, 1.3 * fresh_error);
 }
 
+// The comparison format: 4.5 bits a value, with and without our conditioning, our exact rows.
+TEST(EmulatedQ4, QuantisesLikeQ4WithOurConditioning) {
+    const Conditioning c = strong_conditioning();
+    const auto plain = make_store(kShape, {.bits = 16, .emulate_q4_0 = true});
+    const auto conditioned = make_store(kShape, {.bits = 16, .window = 8, .emulate_q4_0 = true}, c);
+    const auto later = make_store(kShape, {.bits = 16, .window = 8, .calibration_rows = 400, .emulate_q4_0 = true});
+    for (Store* store : {plain.get(), conditioned.get(), later.get()}) {
+        write_turned(*store, c, 0, 300, 1000, nullptr);
+    }
+    ASSERT_TRUE(later->condition(c, nullptr, {}).ok());
+    const double without = error_of(*plain, c, 0, 290, 1000);
+    const double with = error_of(*conditioned, c, 0, 290, 1000);
+    EXPECT_LT(with, .8 * without);
+    EXPECT_GT(with, 0);
+    EXPECT_EQ(error_of(*later, c, 0, 290, 1000), with);
+    EXPECT_TRUE(conditioned->is_exact(292));
+    EXPECT_FALSE(conditioned->is_exact(291));
+    // On normals: steps of an eighth of the largest of 32, some .0075 of the energy.
+    const auto normal = make_store(kShape, {.bits = 16, .emulate_q4_0 = true});
+    double error = 0;
+    for (int64_t row = 0; row < 200; ++row) {
+        const std::vector<float> x = normals(kElements, static_cast<uint32_t>(row));
+        ASSERT_TRUE(normal->write(x.data(), kElements, &row, 1, {}, nullptr).ok());
+        error += squared_distance(read_row(*normal, row).data(), x.data(), kElements) / kElements / 200;
+    }
+    EXPECT_NEAR(error, .0078, .0012);
+}
+
 // ---- saved rows --------------------------------------------------------------------------------------------------
 
 TEST(ConditionedRows, KeepTheirBlock) {

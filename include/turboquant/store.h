@@ -39,6 +39,9 @@ struct StoreOptions {
     // > 0: the conditioning comes later, from the first rows themselves: until condition() is called the ring holds this
     // many rows if that is more than the window. Ignored for pass-through.
     int calibration_rows = 0;
+    // For comparisons only: with bits 16, each stored row is what llama.cpp's q4_0 (after a Hadamard rotation, as it does
+    // for its own cache) would give back, within our conditioning and with our exact rows. Takes fp16's memory.
+    bool emulate_q4_0 = false;
 };
 
 struct StoreCounters {

@@ -101,7 +101,12 @@ void encode_again(Store::Impl& m, const Conditioner& before, const StagedRows& s
             std::fill(std::begin(h), std::end(h), uint16_t{0});
             std::copy_n(raw + head_at, m.shape.head_size, h);
         } else {
-            decode_head(m, before, row, head, x);
+            if (m.coded()) {
+                decode_head(m, before, row, head, x);
+            } else {
+                const auto* const plain = reinterpret_cast<const uint16_t*>(m.plain_row(head, row));
+                std::transform(plain, plain + m.shape.head_size, x, from_half);
+            }
             round_head(m, x, h, notes);
         }
         clear_tag_bits(m, head, h);
@@ -116,7 +121,7 @@ Status Store::condition(const Conditioning& conditioning, const Staging* staging
     if (Status status = check_store_conditioning(conditioning, m.shape); !status.ok()) {
         return {status.code(), "condition: " + status.message()};
     }
-    if (!m.coded()) {
+    if (!m.quantised()) {
         return {};
     }
     try {

@@ -3,6 +3,7 @@
 #include "codec/codec_tables.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace turboquant {
@@ -127,6 +128,10 @@ void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* co
 }
 
 void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes) {
+    if (impl.options.emulate_q4_0) {
+        emulate_q4_0(impl, row, kv_head, h);
+        return;
+    }
     alignas(64) float y[kMaxHeadSize];
     alignas(64) uint8_t codes[kMaxHeadSize + 32];
     const EncodeTable& table = encode_table(impl.options.bits);
@@ -157,6 +162,42 @@ void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h,
     }
     std::fill(codes + impl.shape.head_size, codes + round_up(impl.shape.head_size, 32), uint8_t{0});
     scatter_codes(impl, row, kv_head, codes);
+}
+
+// A block of 32 as q4_0 stores it: the largest magnitude becomes -8, the rest are rounded to steps of an eighth of it.
+static void through_q4_0(float* y) {
+    const float top = *std::max_element(y, y + 32, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
+    const float inverse = top != 0 ? -8 / top : 0.0F; // the scale is rounded to fp16 only where it is stored
+    const float step = from_half(to_half(top / -8));
+    for (int i = 0; i < 32; ++i) {
+        const int code = std::clamp(static_cast<int>(y[i] * inverse + 8.5F), 0, 15);
+        y[i] = static_cast<float>(code - 8) * step;
+    }
+}
+
+void emulate_q4_0(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h) {
+    const int n = impl.shape.head_size;
+    const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(n);
+    const std::vector<float>& lambda = impl.conditioner.conditioning().lambda;
+    float mean[kMaxHeadSize];
+    float y[kMaxHeadSize];
+    impl.conditioner.head_mean(kv_head, impl.row_entry(row), mean);
+    const auto factor = [&](int c) { return lambda.empty() ? 1.0F : lambda[head_at + static_cast<size_t>(c)]; };
+    for (int c = 0; c < n; ++c) {
+        y[c] = factor(c) * (from_half(h[c]) - mean[c]);
+    }
+    const int part = impl.emulated_rotation.head_size();
+    for (int begin = 0; begin < n; begin += part) {
+        impl.emulated_rotation.forward(y + begin, y + begin);
+        for (int block = begin; block < begin + part; block += 32) {
+            through_q4_0(y + block);
+        }
+        impl.emulated_rotation.inverse(y + begin, y + begin);
+    }
+    auto* const out = reinterpret_cast<uint16_t*>(impl.plain_row(kv_head, row));
+    for (int c = 0; c < n; ++c) {
+        out[c] = to_half(y[c] / factor(c) + mean[c]);
+    }
 }
 
 int find_entry(Store::Impl& impl, int block) {

@@ -46,6 +46,9 @@ void clear_tag_bits(const Store::Impl& impl, int kv_head, uint16_t* h);
 // the head). Rows of one tile and head must not be written concurrently. Takes the mean of the row's entry.
 void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes);
 
+// Instead of codes: the fp16 row as llama.cpp's q4_0 would give it back (StoreOptions::emulate_q4_0).
+void emulate_q4_0(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h);
+
 // The entry of a position block, new if need be; 0 for values and pass-through.
 int find_entry(Store::Impl& impl, int block);
 void set_entry(Store::Impl& impl, int64_t row, int entry);

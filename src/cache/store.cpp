@@ -45,6 +45,9 @@ Status check(const StoreShape& shape, const StoreOptions& options) {
     if (find_codebook(options.bits) == nullptr && options.bits != 16 && options.bits != 32) {
         return invalid(what + "bits must be one of 2, 3, 4, 5, 6, 8 (codes), 16 or 32 (pass-through)");
     }
+    if (options.emulate_q4_0 && (options.bits != 16 || shape.head_size % 32 != 0)) {
+        return invalid(what + "emulating q4_0 takes bits 16 and a head size that is a multiple of 32");
+    }
     if (options.window < 0 || options.window > kMaxSlots || options.sink_slots < 0 || options.sink_slots > kMaxSlots ||
         options.calibration_rows < 0 || options.calibration_rows > kMaxSlots) {
         return invalid(what + "window, sink slots and calibration rows must be in 0.." + std::to_string(kMaxSlots));
@@ -69,7 +72,7 @@ struct Plan {
 
 // What the options come to: exact rows need a codec and room for the tag.
 StoreOptions effective(const StoreShape& shape, StoreOptions options) {
-    if (options.bits > 8 || shape.row_elements() < kTagElements) {
+    if ((options.bits > 8 && !options.emulate_q4_0) || shape.row_elements() < kTagElements) {
         options.window = 0;
         options.sink_slots = 0;
         options.calibration_rows = 0;
@@ -85,13 +88,13 @@ Plan make_plan(const StoreShape& shape, const StoreOptions& options, const Rotat
     if (options.bits > 8) {
         plan.plain_bytes =
             head_tiles * kTileRows * static_cast<size_t>(shape.head_size) * static_cast<size_t>(options.bits / 8);
-        return plan;
+    } else {
+        plan.code_bytes = head_tiles * make_tile_layout(shape.side, options.bits, shape.head_size).tile_bytes;
+        plan.scale_bytes = head_tiles * rotation.blocks().size() * kTileRows * sizeof(uint16_t);
     }
-    plan.code_bytes = head_tiles * make_tile_layout(shape.side, options.bits, shape.head_size).tile_bytes;
-    plan.scale_bytes = head_tiles * rotation.blocks().size() * kTileRows * sizeof(uint16_t);
     plan.n_slots = std::max(options.window, options.calibration_rows) + options.sink_slots;
     plan.raw_bytes = static_cast<size_t>(plan.n_slots) * static_cast<size_t>(shape.row_elements()) * sizeof(uint16_t);
-    if (shape.side == Side::key) {
+    if (shape.side == Side::key && (options.bits <= 8 || options.emulate_q4_0)) {
         plan.entry_bytes = static_cast<size_t>(plan.n_tiles) * kTileRows * sizeof(uint16_t);
     }
     return plan;
@@ -114,7 +117,8 @@ bool same(const Store::Impl& a, const Store::Impl& b) {
     return a.shape.side == b.shape.side && a.shape.head_size == b.shape.head_size &&
            a.shape.kv_heads == b.shape.kv_heads && a.shape.rows == b.shape.rows && a.options.bits == b.options.bits &&
            a.ring_rows == b.ring_rows && a.options.sink_slots == b.options.sink_slots &&
-           a.calibrating == b.calibrating && a.conditioner.record() == b.conditioner.record();
+           a.calibrating == b.calibrating && a.options.emulate_q4_0 == b.options.emulate_q4_0 &&
+           a.conditioner.record() == b.conditioner.record();
 }
 
 std::string row_range(const Store::Impl& impl, int64_t row) {
@@ -202,9 +206,16 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
         if (m.coded()) {
             m.tile = make_tile_layout(shape.side, m.options.bits, shape.head_size);
             m.n_blocks = static_cast<int>(m.rotation.blocks().size());
-            if (!m.row_entries.allocate(plan.entry_bytes)) {
-                return out_of_memory;
+        }
+        if (m.options.emulate_q4_0) {
+            // llama.cpp rotates keys over the head and values in parts of 64.
+            const bool parts = shape.side == Side::value && shape.head_size % 64 == 0;
+            if (Status status = Rotation::create(parts ? 64 : shape.head_size, m.emulated_rotation); !status.ok()) {
+                return status;
             }
+        }
+        if (!m.row_entries.allocate(plan.entry_bytes)) {
+            return out_of_memory;
         }
         // Pass-through rows have none, but are asked for it.
         m.conditioner.set(conditioning, m.rotation, shape.kv_heads);
@@ -274,7 +285,7 @@ void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
     const int head_at = kv_head * head_size;
     const float* const x = batch.x + i * batch.stride + head_at;
     const int64_t row = batch.index[i];
-    if (!m.coded()) {
+    if (!m.quantised()) {
         write_plain_head(m, row, kv_head, x, notes);
         return;
     }
@@ -569,7 +580,7 @@ Status Store::rewrite(int64_t row, const float* x, int64_t shift) {
     alignas(64) uint16_t h[kMaxHeadSize + 2 * kVectorPadding];
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         const int head_at = head * m.shape.head_size;
-        if (!m.coded()) {
+        if (!m.quantised()) {
             write_plain_head(m, row, head, x + head_at, notes);
             continue;
         }

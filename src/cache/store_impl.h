@@ -49,7 +49,8 @@ struct Store::Impl {
     // Position blocks met so far, and for each row (keys with codes only) which of them it is in: its mean's.
     std::vector<int> blocks; // [entry]; the first is block 0
     std::unordered_map<int, uint16_t> block_entries;
-    PageMemory row_entries; // uint16 [n_tiles * 64]; empty for values and pass-through
+    PageMemory row_entries;     // uint16 [n_tiles * 64]; empty for values and pass-through
+    Rotation emulated_rotation; // of the rows, head by head (emulate_q4_0)
     // The mean of one entry, [kv_head][channel] and padding: that of the rows written last.
     int mean_entry = -1;
     std::vector<float> mean;
@@ -109,6 +110,8 @@ struct Store::Impl {
     }
 
     bool coded() const { return book != nullptr; }
+    // Rows lose something: they have conditioning and exact rows. Otherwise they pass through.
+    bool quantised() const { return coded() || options.emulate_q4_0; }
     bool in_range(int64_t row) const { return row >= 0 && row < shape.rows; }
     bool is_written(int64_t row) const { return (written_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
     bool is_exact(int64_t row) const { return (exact_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
