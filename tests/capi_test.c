@@ -222,6 +222,47 @@ static void test_errors(void) {
     tq_batch_destroy(NULL);
 }
 
+/* A key that is its mean turned to position 4000, give or take a thousandth: with the pair it comes back as that, at its
+ * position; without, or with the row's number for a position, it does not. */
+static void test_turning_mean(void) {
+    const tq_rope_pair pair = {1, 33, 0.0005F};
+    float mu[64] = {0};
+    float x[64] = {0};
+    float back[64];
+    const int64_t row = 2;
+    const int32_t position = 3967; /* the middle of its block */
+    int with;
+    mu[1] = 100;
+    x[1] = 100 * cosf(0.0005F * 3967.5F);
+    x[33] = 100 * sinf(0.0005F * 3967.5F);
+    for (with = 0; with < 2; ++with) {
+        tq_store_options options;
+        tq_store* store = NULL;
+        memset(&options, 0, sizeof options);
+        options.struct_size = sizeof options;
+        options.side = TQ_KEY;
+        options.head_size = 64;
+        options.kv_heads = 1;
+        options.rows = 7;
+        options.bits = 2;
+        options.mu = mu;
+        options.rope = &pair;
+        options.n_rope = 1;
+        CHECK(tq_store_create(&options, &store) == TQ_OK);
+        CHECK(tq_store_write_at(store, x, 64, &row, with ? &position : NULL, 1, NULL) == TQ_OK);
+        CHECK(tq_store_read(store, row, back) == TQ_OK);
+        if (with) {
+            CHECK(fabsf(back[1] - x[1]) < 0.5F && fabsf(back[33] - x[33]) < 0.5F && fabsf(back[7]) < 0.5F);
+        } else {
+            CHECK(fabsf(back[1] - x[1]) > 0.5F || fabsf(back[33] - x[33]) > 0.5F || fabsf(back[7]) > 0.5F);
+        }
+        tq_store_destroy(store);
+        options.n_rope = 40;
+        CHECK(tq_store_create(&options, &store) == TQ_INVALID_ARGUMENT);
+        CHECK(strstr(tq_last_error(), "n_rope 40") != NULL);
+    }
+}
+
 int main(void) {
     int major = 0;
     int minor = 0;
@@ -229,6 +270,7 @@ int main(void) {
     CHECK(sscanf(tq_version(), "%d.%d.", &major, &minor) == 2);
     test_attention();
     test_errors();
+    test_turning_mean();
     if (failures == 0) {
         printf("ok\n");
     }

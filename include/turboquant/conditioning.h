@@ -72,8 +72,10 @@ public:
     int64_t keys() const { return n_keys_; }
 
     // Whether this row nearly repeats (before the turn) at least `times` of the rows remembered so far; otherwise it is
-    // remembered. Guards against degenerate texts (whitespace, rulers). Remembers at most 1024 rows.
-    bool repeats(const float* key, int64_t position, int times);
+    // remembered. Guards against degenerate texts (whitespace, rulers). distance: how far apart two rows may be that
+    // count as the same, squared, over all heads; a share of the rows' energy would not do, as a mean that dwarfs what
+    // the tokens say makes all rows alike by that. Remembers at most 1024 rows.
+    bool repeats(const float* key, int64_t position, int times, double distance);
 
     // No keys or no queries: empty.
     Conditioning conditioning() const;

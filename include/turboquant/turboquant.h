@@ -45,6 +45,13 @@ const char* tq_last_error(void);
 
 /* ---- stores ---------------------------------------------------------------------------------------------------- */
 
+/* Two channels of a head that RoPE turns together, by theta radians a position. */
+typedef struct tq_rope_pair {
+    uint16_t first;
+    uint16_t second;
+    float theta;
+} tq_rope_pair;
+
 typedef struct tq_store_options {
     size_t struct_size;
     int32_t side;      /* TQ_KEY or TQ_VALUE */
@@ -56,6 +63,9 @@ typedef struct tq_store_options {
     int32_t sink_slots;  /* rows that may be pinned exact */
     const float* mu;     /* [kv_heads][head_size] or null: codes are those of R(lambda * (x - mu)) */
     const float* lambda; /* likewise; positive */
+    /* Keys only: with pairs, mu is the mean before RoPE, turned for each row to its block of 256 positions. */
+    const tq_rope_pair* rope;
+    int32_t n_rope; /* pairs of a head, the same for all heads */
 } tq_store_options;
 
 /* Bytes that such a store takes at most, known from the options alone. */
@@ -71,6 +81,10 @@ size_t tq_store_size(const tq_store* store); /* bytes, as tq_store_bytes says */
  * be null; with one, a prompt's queries each see their own latest rows exact (tq_attention.key_batch). */
 tq_status tq_store_write(tq_store* store, const float* x, int64_t stride, const int64_t* rows, int64_t n_rows,
                          tq_batch* batch);
+
+/* The same; positions[i] is row i's place in its sequence (null: rows[i]), for stores with `rope`. */
+tq_status tq_store_write_at(tq_store* store, const float* x, int64_t stride, const int64_t* rows,
+                            const int32_t* positions, int64_t n_rows, tq_batch* batch);
 
 /* Keeps a row exact until it is overwritten. It must be exact now, or in `batch` (may be null). */
 tq_status tq_store_pin(tq_store* store, int64_t row, const tq_batch* batch);

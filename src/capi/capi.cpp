@@ -95,7 +95,7 @@ Status read_options(const tq_store_options* in, bool with_conditioning, Options&
         return invalid("tq_store_options: side " + std::to_string(o.side) + " is neither TQ_KEY nor TQ_VALUE");
     }
     out.shape = {o.side == TQ_KEY ? turboquant::Side::key : turboquant::Side::value, o.head_size, o.kv_heads, o.rows};
-    out.options = {o.bits == 0 ? 4 : o.bits, o.window, o.sink_slots};
+    out.options = {.bits = o.bits == 0 ? 4 : o.bits, .window = o.window, .sink_slots = o.sink_slots};
     size_t bytes = 0;
     if (Status s = turboquant::Store::bytes(out.shape, out.options, bytes); !s.ok()) {
         return s; // before the shape is trusted to say how long mu and lambda are
@@ -106,6 +106,13 @@ Status read_options(const tq_store_options* in, bool with_conditioning, Options&
     }
     if (with_conditioning && o.lambda != nullptr) {
         out.conditioning.lambda.assign(o.lambda, o.lambda + elements);
+    }
+    if (o.n_rope < 0 || o.n_rope > out.shape.head_size / 2 || (o.n_rope > 0 && o.rope == nullptr)) {
+        return invalid("tq_store_options: n_rope " + std::to_string(o.n_rope) + " with rope " +
+                       (o.rope == nullptr ? "null" : "set") + "; pass at most head_size / 2 pairs");
+    }
+    for (int i = 0; with_conditioning && i < o.n_rope; ++i) {
+        out.conditioning.rope.push_back({o.rope[i].first, o.rope[i].second, o.rope[i].theta});
     }
     return {};
 }
@@ -162,6 +169,11 @@ size_t tq_store_size(const tq_store* store) {
 
 tq_status tq_store_write(tq_store* store, const float* x, int64_t stride, const int64_t* rows, int64_t n_rows,
                          tq_batch* batch) {
+    return tq_store_write_at(store, x, stride, rows, nullptr, n_rows, batch);
+}
+
+tq_status tq_store_write_at(tq_store* store, const float* x, int64_t stride, const int64_t* rows,
+                            const int32_t* positions, int64_t n_rows, tq_batch* batch) {
     return guarded([&]() -> Status {
         if (store == nullptr) {
             return null_argument("tq_store_write", "store");
@@ -172,7 +184,8 @@ tq_status tq_store_write(tq_store* store, const float* x, int64_t stride, const 
         if (n_rows > 0 && (x == nullptr || rows == nullptr)) {
             return null_argument("tq_store_write", x == nullptr ? "x" : "rows");
         }
-        return store->store->write(x, stride, rows, n_rows, {}, batch == nullptr ? nullptr : &batch->staging);
+        return store->store->write(x, stride, rows, n_rows, {}, batch == nullptr ? nullptr : &batch->staging,
+                                   positions);
     });
 }
 
