@@ -46,6 +46,7 @@ int run(int argc, char** argv) {
                                                                   {"info", app::add_info(program)},
                                                                   {"demo", app::add_demo(program)},
                                                                   {"eval", app::add_eval(program)},
+                                                                  {"tune", app::add_tune(program)},
                                                                   {"plugin-path", app::add_plugin_path(program)}};
     program.add_subcommand("version", "print the version");
 

@@ -44,19 +44,43 @@ void add_output_flags(CLI::App& command, ModelFlags& flags) {
     command.add_flag("--verbose", flags.verbose, "show libllama's log");
 }
 
+void add_profile_flags(CLI::App& command, llm::ProfileFlags& flags) {
+    command
+        .add_option(
+            "--profile", flags.path,
+            "what keys are conditioned with, from tq tune (default: TURBOQUANT_PROFILE, else the model's in the "
+            "cache folder, made at its first load)")
+        ->type_name("FILE");
+    command.add_flag("--no-profile", flags.off, "no profile: the cache calibrates itself on its first 128 positions");
+}
+
+llm::ProfileFlags choose_profile(const llm::ProfileFlags& flags) {
+    if (flags.off && !flags.path.empty()) {
+        throw UsageError("--profile and --no-profile: contradict each other; leave one of them out");
+    }
+    llm::ProfileFlags chosen = flags;
+    if (!flags.off && flags.path.empty()) {
+        chosen.path = environment("TURBOQUANT_PROFILE").value_or("");
+    }
+    return chosen;
+}
+
 void add_model_flags(CLI::App& command, ModelFlags& flags) {
     command
         .add_option("-m,--model", flags.model, "GGUF file (default: TURBOQUANT_MODEL, else the one set-up installed)")
         ->type_name("FILE");
     command
-        .add_option("--kv", flags.kv.kv,
-                    "KV cache: tq6 tq5 tq4 tq3, bits K/V such as 5/4, or f16 q8_0 q5_1 q5_0 q4_0 (default tq4)")
+        .add_option(
+            "--kv", flags.kv.kv,
+            "KV cache: tq6 tq5 tq4 tq3, bits K/V such as 5/4, auto (each layer's from the profile), or f16 q8_0 "
+            "q5_1 q5_0 q4_0 (default tq4)")
         ->type_name("CACHE");
     command.add_option("--key-bits", flags.kv.key_bits, "bits of keys: 2 3 4 5 6 8")->type_name("N");
     command.add_option("--value-bits", flags.kv.value_bits, "bits of values: 2 3 4 5 6 8")->type_name("N");
     command.add_option("--window", flags.kv.window, "latest positions kept exact (default 32, tq3 128)")
         ->type_name("N");
     command.add_option("--sinks", flags.kv.sinks, "first positions kept exact (default 4)")->type_name("N");
+    add_profile_flags(command, flags.profile);
     command.add_flag("--no-turboquant", flags.kv.no_turboquant, "llama.cpp's own f16 cache (as --kv f16)");
     command
         .add_option("-c,--ctx", flags.context,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "llm/kv_choice.h"
+#include "llm/profile_cache.h"
 #include "llm/sampling.h"
 
 #include <cstdint>
@@ -15,6 +16,7 @@ namespace turboquant::app {
 struct ModelFlags {
     std::string model;
     llm::KvFlags kv;
+    llm::ProfileFlags profile;
     std::optional<int64_t> context; // 0: all that the model was trained for
     int threads = 0;
     bool json = false;
@@ -29,6 +31,11 @@ struct AnswerFlags {
 
 void add_model_flags(CLI::App& command, ModelFlags& flags);
 void add_answer_flags(CLI::App& command, AnswerFlags& flags);
+
+// --profile and --no-profile.
+void add_profile_flags(CLI::App& command, llm::ProfileFlags& flags);
+// With TURBOQUANT_PROFILE where the flags say nothing. UsageError: both were given.
+llm::ProfileFlags choose_profile(const llm::ProfileFlags& flags);
 
 // --verbose and --json only.
 void add_output_flags(CLI::App& command, ModelFlags& flags);

@@ -4,18 +4,20 @@
 #include "options.h"
 
 #include "llm/session.h"
+#include "llm/tuning.h"
 
 #include <memory>
 
 namespace turboquant::app {
 
 struct Engine {
-    llm::KvChoice kv;
+    llm::KvChoice kv; // with its profile
     llm::Model model;
+    std::unique_ptr<llm::TemporaryProfile> profile; // where the cache folder has no place for one
     std::unique_ptr<llm::Session> session;
 };
 
-// Progress goes to stderr. The Engine must not move while the session lives: hence the pointer.
+// Looks for the model's profile and makes one where there is none. Progress goes to stderr. The Engine must not move while the session lives: hence the pointer.
 std::unique_ptr<Engine> start(const ModelFlags& flags, const llm::KvChoice& kv);
 
 } // namespace turboquant::app

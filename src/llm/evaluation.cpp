@@ -156,8 +156,9 @@ Footprint footprint(const CachePlan& plan, const KvChoice& kv) {
         const double rows = static_cast<double>(layer.cells) * layer.kv_heads;
         values += rows * (layer.key_size + layer.value_size);
         if (kv.turboquant()) {
-            bits += rows * layer.key_size * coded_bits(kv.key_bits, layer.key_size);
-            bits += layer.value_size == 0 ? 0 : rows * layer.value_size * coded_bits(kv.value_bits, layer.value_size);
+            const LayerBits width = kv.bits_of(layer.index);
+            bits += rows * layer.key_size * coded_bits(width.key, layer.key_size);
+            bits += layer.value_size == 0 ? 0 : rows * layer.value_size * coded_bits(width.value, layer.value_size);
         }
     }
     if (!kv.turboquant()) {

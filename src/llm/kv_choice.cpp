@@ -26,6 +26,7 @@ constexpr std::array<Preset, 4> kPresets = {{
     {"tq3", 3, 3, 128, 4},
 }};
 constexpr const char* kDefaultPreset = "tq4";
+constexpr const char* kAutomatic = "auto";
 constexpr std::array<const char*, 5> kHostTypes = {"f16", "q8_0", "q5_1", "q5_0", "q4_0"};
 constexpr std::array<int, 7> kBits = {2, 3, 4, 5, 6, 8, 16};
 constexpr int kMaxExactRows = 1 << 20;
@@ -67,8 +68,13 @@ void check_rows(const char* flag, int rows) {
 
 } // namespace
 
+LayerBits KvChoice::bits_of(int layer) const {
+    const auto found = layer_bits.find(layer);
+    return automatic && found != layer_bits.end() ? found->second : LayerBits{key_bits, value_bits};
+}
+
 std::string KvChoice::bits() const {
-    return fmt::format("{}/{}", key_bits, value_bits);
+    return automatic ? kAutomatic : fmt::format("{}/{}", key_bits, value_bits);
 }
 
 std::string KvChoice::describe() const {
@@ -76,6 +82,9 @@ std::string KvChoice::describe() const {
         return host_type;
     }
     const std::string exact = fmt::format("window {}, sinks {}", window, sinks);
+    if (automatic && mean_bits > 0) {
+        return fmt::format("{} ({:.2f} bits, {})", name, mean_bits, exact);
+    }
     return name == bits() ? fmt::format("{} ({})", name, exact) : fmt::format("{} ({} bits, {})", name, bits(), exact);
 }
 
@@ -94,6 +103,10 @@ KvChoice parse_kv(std::string_view text) {
         choice.host_type = choice.name;
         return choice;
     }
+    if (text == kAutomatic) {
+        choice.automatic = true;
+        return choice;
+    }
     if (const size_t slash = text.find('/'); slash != std::string_view::npos) {
         const std::optional<int> k = to_int(text.substr(0, slash));
         const std::optional<int> v = to_int(text.substr(slash + 1));
@@ -104,8 +117,8 @@ KvChoice parse_kv(std::string_view text) {
         }
         throw UsageError(fmt::format("--kv {}: key/value bits are 2, 3, 4, 5, 6 or 8 each, as in 4/4 or 5/4", text));
     }
-    throw UsageError(fmt::format("--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4) or a host type "
-                                 "(f16 q8_0 q5_1 q5_0 q4_0)",
+    throw UsageError(fmt::format("--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4), auto or a host "
+                                 "type (f16 q8_0 q5_1 q5_0 q4_0)",
                                  text.empty() ? "''" : text));
 }
 
@@ -129,6 +142,9 @@ KvChoice resolve_kv(const KvFlags& flags) {
                                          choice.host_type));
         }
         return choice;
+    }
+    if (choice.automatic && bits_given) {
+        throw UsageError("--kv auto: the profile has each layer's bits; leave out --key-bits and --value-bits");
     }
     if (flags.key_bits) {
         check_bits("--key-bits", *flags.key_bits);

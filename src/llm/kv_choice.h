@@ -2,15 +2,22 @@
 //
 //   preset       tq6 tq5 tq4 tq3, `default` (tq4)
 //   K/V          bits for keys and values, 2 3 4 5 6 8 each; 16 is pass-through (fp16 rows in the plug-in, no codec)
+//   auto         bits of each layer's keys and values as the model's profile has them (tq tune --budget)
 //   host type    f16 q8_0 q5_1 q5_0 q4_0: llama.cpp's own cache, without the plug-in
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace turboquant::llm {
+
+struct LayerBits {
+    int key = 0;
+    int value = 0;
+};
 
 struct KvChoice {
     std::string name;      // as the user would write it
@@ -19,9 +26,17 @@ struct KvChoice {
     int value_bits = 4;
     int window = 32; // most recently written rows kept exact
     int sinks = 4;   // first positions kept exact
+    // Path of the profile that the plug-in conditions keys with; empty: from the cache's own first rows. Whoever makes a
+    // session sets it (profile_cache.h).
+    std::string profile;
+    bool automatic = false; // `auto`: layer_bits, once the profile has been read, in place of key_bits and value_bits
+    std::map<int, LayerBits> layer_bits;
+    double mean_bits = 0; // a value, of layer_bits
 
     bool turboquant() const { return host_type.empty(); }
-    // What goes into TURBOQUANT_KV: "4/4".
+    bool pass_through() const { return turboquant() && !automatic && key_bits == 16 && value_bits == 16; }
+    LayerBits bits_of(int layer) const;
+    // What goes into TURBOQUANT_KV: "4/4", "auto".
     std::string bits() const;
     // Name with window and sinks where they matter: "tq4 (4/4 bits, window 32, sinks 4)".
     std::string describe() const;

@@ -94,11 +94,11 @@ int64_t kv_bytes(const CachePlan& plan, const KvChoice& choice) {
                 total += row_bytes(choice.host_type, size * layer.kv_heads) * static_cast<double>(layer.cells);
                 continue;
             }
-            const bool key = side == Side::key;
+            const LayerBits bits = choice.bits_of(layer.index);
             size_t bytes = 0;
             const Status status =
                 Store::bytes({side, size, layer.kv_heads, layer.cells},
-                             {key ? choice.key_bits : choice.value_bits, choice.window, choice.sinks}, bytes);
+                             {side == Side::key ? bits.key : bits.value, choice.window, choice.sinks}, bytes);
             if (!status.ok()) {
                 throw Error(fmt::format("{}: {}", choice.name, status.message()));
             }

@@ -60,6 +60,11 @@ void configure_plugin(const KvChoice& choice, const std::string& head_size) {
     ::setenv("TURBOQUANT_WINDOW", std::to_string(choice.window).c_str(), 1);
     ::setenv("TURBOQUANT_SINKS", std::to_string(choice.sinks).c_str(), 1);
     ::setenv("TURBOQUANT_SINK_SEQUENCES", "1", 1); // tq has one sequence a context
+    if (choice.profile.empty()) {
+        ::unsetenv("TURBOQUANT_PROFILE");
+    } else {
+        ::setenv("TURBOQUANT_PROFILE", choice.profile.c_str(), 1);
+    }
     if (head_size.empty()) {
         ::unsetenv("TURBOQUANT_HEAD_SIZE");
     } else {
