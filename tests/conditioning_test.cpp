@@ -319,34 +319,35 @@ TEST(Statistics, RepeatedRowsAreSeenAndOrdinaryOnesNot) {
     const std::vector<float> other_mean = uniform(random, 128, -1, 1);
     const std::vector<float> wide(128, 1.0F);
     const std::vector<float> narrow(128, .03F); // what context adds to the key of one and the same token
+    constexpr double kSame = 2;                 // narrow rows are .23 apart, wide ones 256
     KeyStatistics statistics(64, 2, rope);
     for (int64_t p = 0; p < 200; ++p) {
         std::vector<float> key = draw(random, mean, wide);
         turn(key, 64, rope, p);
-        EXPECT_FALSE(statistics.repeats(key.data(), p, 1)) << p;
+        EXPECT_FALSE(statistics.repeats(key.data(), p, 1, kSame)) << p;
     }
     int counted = 0;
     for (int64_t p = 200; p < 300; ++p) {
         std::vector<float> key = draw(random, other_mean, narrow);
         turn(key, 64, rope, p);
-        counted += statistics.repeats(key.data(), p, 3) ? 0 : 1;
+        counted += statistics.repeats(key.data(), p, 3, kSame) ? 0 : 1;
     }
     EXPECT_EQ(counted, 3) << "the fourth of a kind is a repeat, whatever its position";
     for (int64_t p = 300; p < 2000; ++p) { // more than are remembered
         std::vector<float> key = draw(random, mean, wide);
         turn(key, 64, rope, p);
-        EXPECT_FALSE(statistics.repeats(key.data(), p, 1)) << p;
+        EXPECT_FALSE(statistics.repeats(key.data(), p, 1, kSame)) << p;
     }
     std::vector<float> key = draw(random, other_mean, narrow);
     turn(key, 64, rope, 5000);
-    EXPECT_TRUE(statistics.repeats(key.data(), 5000, 3)) << "early rows are not forgotten";
+    EXPECT_TRUE(statistics.repeats(key.data(), 5000, 3, kSame)) << "early rows are not forgotten";
 }
 
 TEST(Statistics, RowsOfZerosRepeatEachOther) {
     KeyStatistics statistics(4, 1, {});
     const std::vector<float> zeros(4);
-    EXPECT_FALSE(statistics.repeats(zeros.data(), 0, 1));
-    EXPECT_TRUE(statistics.repeats(zeros.data(), 1, 1));
+    EXPECT_FALSE(statistics.repeats(zeros.data(), 0, 1, 0));
+    EXPECT_TRUE(statistics.repeats(zeros.data(), 1, 1, 0));
 }
 
 TEST(Check, RefusesWhatCannotBeUsed) {

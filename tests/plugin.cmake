@@ -61,7 +61,7 @@ add_executable(plugin_child plugin_child.cpp)
 target_link_libraries(plugin_child PRIVATE plugin_host tq_warnings)
 add_dependencies(plugin_child ggml-turboquant)
 
-foreach(suite IN ITEMS models sequences state refusal fidelity recall profile)
+foreach(suite IN ITEMS models sequences state refusal fidelity recall profile calibration)
     tq_add_test(plugin_${suite}_test SOURCES plugin_${suite}_test.cpp LIBS plugin_host LABELS plugin)
     add_dependencies(plugin_${suite}_test ggml-turboquant plugin_child)
 endforeach()

@@ -1,6 +1,7 @@
 // Teacher-forced on SmolLM2 with its weights as F32, where nothing but the cache differs: KL divergence against the stock
 // f16 cache, next to what the stock host itself differs between its own ways of batching.
 #include "plugin_host.h"
+#include "plugin_text.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -10,31 +11,6 @@
 
 namespace tqtest {
 namespace {
-
-const char* const kText =
-    "The lighthouse stood at the end of a long spit of gravel, and in winter the road to it was under water twice a "
-    "day. Martha "
-    "had kept the lamp for eleven years. She knew the sound each wind made in the gallery rails, and she could tell "
-    "from the "
-    "kitchen whether the glass needed cleaning. When the harbour board wrote that the light would be run by a machine, "
-    "she read "
-    "the letter twice, put it under the clock, and went up to trim the wick as she did every evening. The machine "
-    "arrived in "
-    "March on a flat cart. It was a grey box no larger than a suitcase, with a row of small lamps and a paper drum "
-    "that turned "
-    "once an hour. Two men bolted it to the floor and showed her how the drum recorded the weather. For a month both "
-    "of them "
-    "kept the light, the woman and the box, and neither made a mistake. In April a fog came in that lasted nine days. "
-    "On the "
-    "third night a fishing boat lost its rudder and drifted toward the spit, and because the box could measure only "
-    "what it "
-    "was built to measure, it wrote a line on its drum and did nothing else. Martha heard the engine stop. She lit the "
-    "old "
-    "horn, which nobody had told her to remove, and blew it every minute until the boat answered. Afterwards the board "
-    "asked "
-    "her what signal had made her act. She said there had been no signal, only a silence in a place where there should "
-    "have "
-    "been a noise, and that a person who listens for eleven years learns to hear what is missing.";
 
 // The F32 copy, made once (540 MB). Empty if it cannot be made.
 std::string full_precision_model() {
@@ -62,7 +38,7 @@ protected:
         stock = load_model(path, Host::stock);
         ASSERT_TRUE(plugin && stock);
         vocabulary = vocabulary_of(stock.get());
-        tokens = tokenize(stock.get(), kText, false);
+        tokens = tokenize(stock.get(), kProse, false);
         tokens.resize(std::min<size_t>(tokens.size(), 192));
     }
     Logits run(llama_model* model, const Cache& cache, int chunk) {

@@ -36,8 +36,19 @@ void set_cache(const Cache& cache) {
 
 namespace {
 
+LogCapture* g_capture = nullptr;
+
 // The hosts' chatter would bury a failing test; warnings and errors stay.
 void log_quietly(ggml_log_level level, const char* text, void*) {
+    if (g_capture != nullptr && std::strstr(text, "turboquant: ") != nullptr) {
+        g_capture->add(text);
+        return;
+    }
+    static const bool verbose = !environment("TQ_TEST_VERBOSE").empty();
+    if (verbose) {
+        std::fputs(text, stderr);
+        return;
+    }
     static bool continuing = false;
     const bool expected = std::strstr(text, "full-size SWA cache") != nullptr;
     if (level == GGML_LOG_LEVEL_CONT ? continuing : level >= GGML_LOG_LEVEL_WARN && !expected) {
@@ -50,9 +61,7 @@ void log_quietly(ggml_log_level level, const char* text, void*) {
 
 void start_host() {
     static const bool once = [] {
-        if (environment("TQ_TEST_VERBOSE").empty()) {
-            llama_log_set(log_quietly, nullptr);
-        }
+        llama_log_set(log_quietly, nullptr);
         llama_backend_init();
         return true;
     }();
@@ -60,6 +69,23 @@ void start_host() {
 }
 
 } // namespace
+
+LogCapture::LogCapture() {
+    start_host();
+    g_capture = this;
+}
+LogCapture::~LogCapture() {
+    g_capture = nullptr;
+}
+void LogCapture::add(const char* text) {
+    lines_.emplace_back(text);
+}
+int LogCapture::count(const std::vector<std::string>& words) const {
+    return static_cast<int>(std::count_if(lines_.begin(), lines_.end(), [&](const std::string& line) {
+        return std::all_of(words.begin(), words.end(),
+                           [&](const std::string& w) { return line.find(w) != std::string::npos; });
+    }));
+}
 
 ggml_backend_dev_t plugin_device() {
     static const ggml_backend_dev_t device = [] {

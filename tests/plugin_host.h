@@ -33,6 +33,22 @@ struct Cache {
 };
 void set_cache(const Cache& cache);
 
+// The lines of ours that the host logs while this lives. One at a time.
+class LogCapture {
+public:
+    LogCapture();
+    ~LogCapture();
+    LogCapture(const LogCapture&) = delete;
+    LogCapture& operator=(const LogCapture&) = delete;
+    // Lines with all the words.
+    int count(const std::vector<std::string>& words) const;
+    const std::vector<std::string>& lines() const { return lines_; }
+    void add(const char* text);
+
+private:
+    std::vector<std::string> lines_;
+};
+
 // Loads the plug-in into this process once and gives its device; null (and a test failure) if that does not work.
 ggml_backend_dev_t plugin_device();
 

@@ -144,8 +144,8 @@ TEST_F(Rope, FrequencyFactorsAndAPairThatStandsStill) {
 
 TEST_F(Rope, YarnAndLinearScaling) {
     for (const float extrapolation : {0.0F, 1.0F}) {
-        const Scaling s = {.n_dims = 128, .mode = GGML_ROPE_TYPE_NEOX, .frequency = 0.25F,
-                           .extrapolation = extrapolation};
+        const Scaling s = {
+            .n_dims = 128, .mode = GGML_ROPE_TYPE_NEOX, .frequency = 0.25F, .extrapolation = extrapolation};
         const std::vector<RopePair> pairs = pairs_of(rope(keys(128), s));
         EXPECT_EQ(pairs.size(), 64U);
         expect_same_turn(s, pairs, 128);
@@ -188,16 +188,15 @@ TEST_F(Rope, WhatStandsBetweenRopeAndCache) {
 
 TEST_F(Rope, KeysThatDoNotTurnAndKeysOfUnknownOrigin) {
     EXPECT_TRUE(pairs_of(keys(64), RopeTrace::Kind::still).empty());
-    EXPECT_TRUE(pairs_of(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 64, kHeads, kTokens), RopeTrace::Kind::unknown).empty());
+    EXPECT_TRUE(
+        pairs_of(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 64, kHeads, kTokens), RopeTrace::Kind::unknown).empty());
     // A ROPE of other heads than the cache's says nothing.
     ggml_tensor* other = ggml_reshape_3d(ctx, rope(keys(32, 4), {.n_dims = 32}), 64, kHeads, kTokens);
     EXPECT_TRUE(pairs_of(other, RopeTrace::Kind::unknown).empty());
 }
 
 TEST_F(Rope, SignaturesTellGraphsApart) {
-    const auto signature = [&](const Scaling& s) {
-        return trace_rope(written(rope(keys(64), s)), 64).signature();
-    };
+    const auto signature = [&](const Scaling& s) { return trace_rope(written(rope(keys(64), s)), 64).signature(); };
     EXPECT_EQ(signature({}), signature({}));
     EXPECT_NE(signature({}), signature({.base = 20000}));
     EXPECT_NE(signature({}), signature({.mode = GGML_ROPE_TYPE_NEOX}));

@@ -237,7 +237,8 @@ TEST_F(Sequences, TwoContextsOnTwoThreads) {
     for (int i = 0; i < 2; ++i) {
         contexts[i] = make_context(plugin.get(), {.threads = 1}, caches[i]);
         ASSERT_TRUE(contexts[i]);
-        decode(contexts[i].get(), random_tokens(150, vocabulary, 77)); // calibrated, so that later rounds meet the same cache
+        decode(contexts[i].get(),
+               random_tokens(150, vocabulary, 77)); // calibrated, so that later rounds meet the same cache
         llama_memory_clear(llama_get_memory(contexts[i].get()), true);
         expected[i] = decode(contexts[i].get(), prompts[3], {.chunk = 3});
         llama_memory_clear(llama_get_memory(contexts[i].get()), true);

@@ -14,7 +14,6 @@ namespace turboquant {
 namespace {
 
 constexpr size_t kMaxRemembered = 1024;
-constexpr double kNearRepeat = 0.02;   // of the larger row's energy
 constexpr double kMeanPrior = 2;       // rows at zero that c is averaged with: two more than none
 constexpr double kLeastVariance = .02; // of the second moment: a mean from few rows must not explain everything
 constexpr double kShare = .01;         // of the head's mean that every channel gets: some channels are always zero
@@ -98,7 +97,7 @@ void KeyStatistics::add_query(const float* query, int kv_head) {
     ++n_queries_;
 }
 
-bool KeyStatistics::repeats(const float* key, int64_t position, int times) {
+bool KeyStatistics::repeats(const float* key, int64_t position, int times, double distance) {
     const size_t n = key_sum_.size();
     turn_back(key, position, scratch_.data());
     double energy = 0;
@@ -107,18 +106,17 @@ bool KeyStatistics::repeats(const float* key, int64_t position, int times) {
     }
     int found = 0;
     for (size_t row = 0; row < remembered_energy_.size() && found < times; ++row) {
-        const double limit = kNearRepeat * std::max(energy, remembered_energy_[row]);
         const double gap = std::sqrt(energy) - std::sqrt(remembered_energy_[row]);
-        if (gap * gap > limit) { // |a - b| >= ||a| - |b||
+        if (gap * gap > distance) { // |a - b| >= ||a| - |b||
             continue;
         }
         const float* const other = remembered_.data() + row * n;
-        double distance = 0;
+        double apart = 0;
         for (size_t i = 0; i < n; ++i) {
             const double d = static_cast<double>(scratch_[i]) - static_cast<double>(other[i]);
-            distance += d * d;
+            apart += d * d;
         }
-        found += distance <= limit ? 1 : 0;
+        found += apart <= distance ? 1 : 0;
     }
     if (found >= times) {
         return true;

@@ -29,9 +29,9 @@ constexpr std::array<Preset, 5> kPresets = {{
 
 // Others are read by tq and the Python package.
 constexpr std::array<std::string_view, 11> kKnown = {
-    "TURBOQUANT_KV",  "TURBOQUANT_WINDOW", "TURBOQUANT_SINKS",  "TURBOQUANT_SINK_SEQUENCES", "TURBOQUANT_HEAD_SIZE",
-    "TURBOQUANT_ISA", "TURBOQUANT_MODEL",  "TURBOQUANT_PLUGIN", "TURBOQUANT_PROFILE",        "TURBOQUANT_HOST_CHECK",
-    "TURBOQUANT_CALIBRATE",
+    "TURBOQUANT_KV",        "TURBOQUANT_WINDOW",     "TURBOQUANT_SINKS",     "TURBOQUANT_SINK_SEQUENCES",
+    "TURBOQUANT_HEAD_SIZE", "TURBOQUANT_ISA",        "TURBOQUANT_MODEL",     "TURBOQUANT_PLUGIN",
+    "TURBOQUANT_PROFILE",   "TURBOQUANT_HOST_CHECK", "TURBOQUANT_CALIBRATE",
 };
 
 // A whole string of digits without sign.

@@ -14,9 +14,9 @@ namespace turboquant::plugin {
 struct Config {
     int key_bits = 4; // TURBOQUANT_KV: preset (tq3 tq4 tq5 tq6) or K/V bits; 16 is pass-through
     int value_bits = 4;
-    int window = 32;       // TURBOQUANT_WINDOW: rows kept exact, the most recently written of each stream
-    int sinks = 4;         // TURBOQUANT_SINKS: first rows of each sequence kept exact
-    int sequences = 8;     // TURBOQUANT_SINK_SEQUENCES: sequences of one stream whose first rows have room
+    int window = 32;   // TURBOQUANT_WINDOW: rows kept exact, the most recently written of each stream
+    int sinks = 4;     // TURBOQUANT_SINKS: first rows of each sequence kept exact
+    int sequences = 8; // TURBOQUANT_SINK_SEQUENCES: sequences of one stream whose first rows have room
     // TURBOQUANT_KV=auto: the bits are the profile's, layer by layer (in_layer); those above are for layers without any
     bool profile_bits = false;
     std::string profile;   // TURBOQUANT_PROFILE: path; empty: none

@@ -65,7 +65,11 @@ private:
     State state_ = State::none;
     bool calibrates_ = false;
     Conditioning conditioning_;
+    bool repeats(const SeenRow& row, int head_size, int kv_heads);
+
     std::optional<KeyStatistics> statistics_;
+    double query_energy_ = 0; // sum over the rows seen: of a query channel, scaled
+    int n_seen_ = 0;
     int n_counted_ = 0;
     bool checked_ = false;
     bool doubtful_ = false;

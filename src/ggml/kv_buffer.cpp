@@ -27,7 +27,8 @@ bool parse_kv_name(std::string_view name, Side& side, int* layer = nullptr) {
     }
     side = name[6] == 'k' ? Side::key : Side::value;
     const std::string_view digits = name.substr(9);
-    if (digits.size() > kMostDigits || !std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; })) {
+    if (digits.size() > kMostDigits ||
+        !std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; })) {
         return false;
     }
     if (layer != nullptr) {
@@ -126,8 +127,7 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
                   " elements: the profile is of another model; run `tq tune` for this one");
         return GGML_STATUS_FAILED;
     }
-    kv->tensors.push_back(
-        std::make_unique<KvTensor>(*tensor, side, layer, kv->config.in_layer(profile), profile));
+    kv->tensors.push_back(std::make_unique<KvTensor>(*tensor, side, layer, kv->config.in_layer(profile), profile));
     tensor->extra = kv->tensors.back().get();
     return GGML_STATUS_SUCCESS;
 }
@@ -374,9 +374,10 @@ void report_sources(KvBuffer& buffer) {
                      " rows of this cache (" + std::to_string(from_rows) + " layers)");
         }
         if (unknown > 0) {
-            log_info("keys of " + std::to_string(unknown) +
-                     " layers are not conditioned: this host's graph does not show how they turn with their position; a "
-                     "profile (`tq tune`, TURBOQUANT_PROFILE) would make them more exact");
+            log_info(
+                "keys of " + std::to_string(unknown) +
+                " layers are not conditioned: this host's graph does not show how they turn with their position; a "
+                "profile (`tq tune`, TURBOQUANT_PROFILE) would make them more exact");
         }
     }
     if (!buffer.profile_reported && with_profile > 0 && checked == with_profile) {

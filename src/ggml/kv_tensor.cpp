@@ -90,16 +90,15 @@ Status KvTensor::set_head_size(int head_size) {
     if (profile_head_size_ != 0 && profile_head_size_ != head_size) {
         return invalid("layer " + std::to_string(layer_) + " of the profile '" + config_.profile + "' has " +
                        std::to_string(elements_ / profile_head_size_) + " KV heads of " +
-                       std::to_string(profile_head_size_) + ", the model has " +
-                       std::to_string(elements_ / head_size) + " of " + std::to_string(head_size) +
+                       std::to_string(profile_head_size_) + ", the model has " + std::to_string(elements_ / head_size) +
+                       " of " + std::to_string(head_size) +
                        ": the profile is of another model; run `tq tune` for this one");
     }
     Stores stores(static_cast<size_t>(streams_));
     for (auto& store : stores) {
         StoreOptions options = options_of(side_, config_, streams_);
         options.calibration_rows = source_.calibration_rows();
-        Status status =
-            Store::create(shape_of(side_, elements_, cells_, head_size), options, source_.initial(), store);
+        Status status = Store::create(shape_of(side_, elements_, cells_, head_size), options, source_.initial(), store);
         if (!status.ok()) {
             return {status.code(), name_ + ": " + status.message()};
         }
@@ -366,8 +365,8 @@ Status KvTensor::copy_stream(KvTensor& source, int64_t from, int64_t to) {
         }
         damaged_.merge(copied);
         std::map<int64_t, PendingRow> waiting;
-        for (auto at = source.pending_.lower_bound(from * cells_); &source == this && at != pending_.end() &&
-                                                                   at->first < (from + 1) * cells_; ++at) {
+        for (auto at = source.pending_.lower_bound(from * cells_);
+             &source == this && at != pending_.end() && at->first < (from + 1) * cells_; ++at) {
             waiting[to * cells_ + at->first % cells_] = at->second;
         }
         pending_.merge(waiting);

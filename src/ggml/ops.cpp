@@ -60,10 +60,11 @@ Status check_damaged(const KvTensor& tensor, int64_t stream, const AttentionCall
         for (int64_t i = 0; i < call.n_queries; ++i) {
             if (call.mask == nullptr || call.mask[i * call.mask_query_stride + *row - first] != kHalfMinusInfinity) {
                 if (tensor.is_pending(*row)) {
-                    return invalid(tensor.name() + ": row " + std::to_string(*row) +
-                                   " was saved by a cache with other conditioning, and too few of its rows came with it to "
-                                   "know which: restore more of it or use the profile it was made with (TURBOQUANT_PROFILE), "
-                                   "or clear the sequence and read the prompt again");
+                    return invalid(
+                        tensor.name() + ": row " + std::to_string(*row) +
+                        " was saved by a cache with other conditioning, and too few of its rows came with it to "
+                        "know which: restore more of it or use the profile it was made with (TURBOQUANT_PROFILE), "
+                        "or clear the sequence and read the prompt again");
                 }
                 return invalid(
                     tensor.name() + ": row " + std::to_string(*row) +
@@ -186,9 +187,9 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         const bool ring = store.options().window > 0 || store.calibrating();
         const bool exact_rows = ring || store.options().sink_slots > 0;
         batch.staged = exact_rows && first_visit && (end - begin > 1 || !ring);
-        Status status = store.write(x + begin * stride, stride, cells_.data(), end - begin, parallel(),
-                                    batch.staged ? &batch.staging : nullptr,
-                                    positions != nullptr ? positions + begin : nullptr);
+        Status status =
+            store.write(x + begin * stride, stride, cells_.data(), end - begin, parallel(),
+                        batch.staged ? &batch.staging : nullptr, positions != nullptr ? positions + begin : nullptr);
         if (!status.ok()) {
             return {status.code(), tensor.name() + ": " + status.message()};
         }
@@ -203,9 +204,8 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         }
         for (int64_t i = begin; i < end && keep_keys; ++i) {
             batch.keys.insert(batch.keys.end(), x + i * stride, x + i * stride + tensor.elements());
-            batch.positions.push_back(positions != nullptr
-                                          ? positions[i]
-                                          : static_cast<int32_t>(cells_[static_cast<size_t>(i - begin)]));
+            batch.positions.push_back(
+                positions != nullptr ? positions[i] : static_cast<int32_t>(cells_[static_cast<size_t>(i - begin)]));
         }
         begin = end;
     }
@@ -230,7 +230,8 @@ Status OpContext::observe(const ggml_tensor* op, KvBuffer& buffer, KvTensor& ten
                                                                      static_cast<size_t>(s) * q->nb[3] +
                                                                      static_cast<size_t>(i) * q->nb[1]),
                                  .q_head_stride = static_cast<int64_t>(q->nb[2] / sizeof(float)),
-                                 .n_heads = static_cast<int>(q->ne[2])};
+                                 .n_heads = static_cast<int>(q->ne[2]),
+                                 .scale = op_float(op, 0)};
             if (tuning()) {
                 tune_row(tensor.layer(), tensor.head_size(), kv_heads, tensor.rope(), row);
             }
@@ -341,8 +342,7 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
         }
         Batch* k_batch = find_batch(Side::key, stream, &k_store, q->ne[1]);
         Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, v_store, q->ne[1]);
-        if (Status status =
-                pin_first_rows(mask, s, q->ne[1], k->ne[1], k_store, v_store, k_batch, v_batch, sinks);
+        if (Status status = pin_first_rows(mask, s, q->ne[1], k->ne[1], k_store, v_store, k_batch, v_batch, sinks);
             !status.ok()) {
             return status;
         }

@@ -98,10 +98,10 @@ void tune_row(int layer, int head_size, int kv_heads, const RopeFacts& facts, co
     }
     auto found = g_layers.find(layer);
     if (found == g_layers.end()) {
-        found = g_layers
-                    .emplace(layer, Layer{head_size, kv_heads, facts.kind,
-                                          KeyStatistics(head_size, kv_heads, facts.pairs)})
-                    .first;
+        found =
+            g_layers
+                .emplace(layer, Layer{head_size, kv_heads, facts.kind, KeyStatistics(head_size, kv_heads, facts.pairs)})
+                .first;
     }
     Layer& known = found->second;
     if (known.head_size != head_size || known.kv_heads != kv_heads) {

@@ -20,6 +20,7 @@ struct SeenRow {
     const float* q = nullptr; // of query head 0
     int64_t q_head_stride = 0;
     int n_heads = 0;
+    float scale = 1;                                // of the scores <q, k>
     bool finite(int head_size, int kv_heads) const; // neither key nor queries have NaN, infinity or values above fp16
 };
 // Adds a finite row at kFirstPosition or later to the statistics.

@@ -239,6 +239,29 @@ def qwen2(path: Path, name: str) -> Model:
     return m
 
 
+def qwen2_biased(path: Path, name: str) -> Model:
+    """As qwen2, but the keys' offsets (30 to 100, on pairs that RoPE hardly turns) dwarf what the tokens put into them.
+    A constant offset changes no softmax, so the model answers as if it had none."""
+    m = Model(path, name, "qwen2", 2, 256, 128)
+    m.number("feed_forward_length", 128)
+    m.heads(4, 2, 64)
+    m.real("attention.layer_norm_rms_epsilon", 1e-6)
+    m.real("rope.freq_base", 1000000.0)
+    m.ends()
+    offsets = {24: 60.0, 27: -100.0, 28: 30.0, 57: 45.0, 60: -80.0, 62: 35.0}  # pairs are (i, i + 32)
+    for b in m.blocks():
+        m.attention(b, 4, 2, 64)
+        for part, size in (("q", 256), ("v", 128)):
+            m.bias(f"{b}.attn_{part}", size)
+        bias = m._random(f"{b}.attn_k.bias", (128,)) * np.float32(0.3)
+        for channel, offset in offsets.items():
+            bias[channel] += offset
+            bias[64 + channel] -= offset
+        m.put(f"{b}.attn_k.bias", bias)
+        m.gated_ffn(b)
+    return m
+
+
 def state_space(m: Model, block: str, inner: int, state: int, rank: int) -> None:
     m.weight(f"{block}.ssm_in", m.embedding, 2 * inner)
     m.weight(f"{block}.ssm_conv1d", 4, inner)
@@ -409,6 +432,7 @@ RECIPES: dict[str, Recipe] = {
     "gemma3": gemma3,
     "gemma4": gemma4,
     "qwen2": qwen2,
+    "qwen2_biased": qwen2_biased,
     "qwen3": qwen3,
     "jamba": jamba,
     "mamba": mamba,
