@@ -45,8 +45,8 @@ public:
     Status see_turns(const RopeFacts& facts, Stores& stores, const ParallelFor& parallel);
     // Whether rows are to be added.
     bool wants_rows() const { return statistics_.has_value(); }
-    // In order of writing. Waiting: until complete() the row counts, unless it nearly repeats earlier ones. Profile:
-    // checks the first rows against it.
+    // In order of writing; rows that nearly repeat earlier ones do not count. Waiting: until complete(). Profile: checks
+    // the first rows against it.
     void add(const SeenRow& row, int head_size, int kv_heads);
     bool complete() const { return state_ == State::waiting && n_counted_ >= kCalibrationRows; }
     // Conditions all stores with what the rows say. staging: of each store's current batch, or null.
