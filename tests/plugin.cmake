@@ -71,6 +71,11 @@ add_dependencies(plugin_memory_test ggml-turboquant plugin_child)
 # Parts of the plug-in itself, with the host's ggml.
 tq_add_test(plugin_rope_test SOURCES plugin_rope_test.cpp ${PROJECT_SOURCE_DIR}/src/ggml/rope.cpp LIBS ggml::ggml ggml::ggml-base
             LABELS plugin)
+set(key_source "")
+foreach(name IN ITEMS key_source rope tuner)
+    list(APPEND key_source "${PROJECT_SOURCE_DIR}/src/ggml/${name}.cpp")
+endforeach()
+tq_add_test(plugin_key_source_test SOURCES plugin_key_source_test.cpp ${key_source} LIBS ggml::ggml ggml::ggml-base LABELS plugin)
 
 # Hosts that are not ours at all. Exit status 77: something they need is missing.
 foreach(script IN ITEMS python server)
