@@ -95,6 +95,14 @@ def chat(question: str) -> str:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
+STORY = ("The lighthouse stood at the end of a long spit of gravel, and in winter the road to it was under water twice a day. Martha had "
+         "kept the lamp for eleven years. She knew the sound each wind made in the gallery rails, and she could tell from the kitchen "
+         "whether the glass needed cleaning. When the harbour board wrote that the light would be run by a machine, she read the letter "
+         "twice, put it under the clock, and went up to trim the wick as she did every evening. The machine arrived in March on a flat "
+         "cart. It was a grey box no larger than a suitcase, with a row of small lamps and a paper drum that turned once an hour. Two men "
+         "bolted it to the floor and showed her how the drum recorded the weather. For a month both of them kept the light, the woman and "
+         "the box, and neither made a mistake. In April a fog came in that lasted nine days.")
+
 QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?", "Name the planet we live on.", "How many days has a week?")
 
 
@@ -108,6 +116,7 @@ class StockServer(unittest.TestCase):
             log = cls.server.log()
             cls.server.close()
             raise RuntimeError("llama-server ended:\n" + log[-3000:])
+        cls.server.complete(STORY, 1)  # the cache calibrates now, so that all tests meet the same
 
     @classmethod
     def tearDownClass(cls) -> None:
@@ -121,6 +130,10 @@ class StockServer(unittest.TestCase):
         # 30 layers, 3 heads of 64, keys and values, 4096 cells at 2 bytes: 90 MiB.
         self.assertGreater(cache_mib(log), 20)
         self.assertLess(cache_mib(log), 32)
+
+    def test_calibrates_once(self) -> None:
+        self.server.complete(STORY, 1)
+        self.assertEqual(self.server.log().count("keys are conditioned from the first 128 rows of this cache (30 layers)"), 1)
 
     def test_chat(self) -> None:
         answer = self.server.post("/v1/chat/completions", {
@@ -174,6 +187,34 @@ class OtherCommandLines(unittest.TestCase):
         self.assertFalse(server.wait_ready())
         self.assertGreater(server.process.wait(10), 0, server.log()[-2000:])
         self.assertIn("flash attention", server.log())
+
+    def test_slot_of_another_run_is_restored(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="tq_slots_") as folder:
+            arguments = ("--device", "TQ0", "-fa", "on", "--slot-save-path", folder)
+            first = self.start(SMOLLM2, *arguments)
+            self.assertTrue(first.wait_ready(), first.log()[-2000:])
+            start = STORY + " The fog"
+            text = start + first.complete(start, 20, id_slot=0, cache_prompt=True)["content"]
+            saved = first.post("/slots/0?action=save", {"filename": "slot.bin"})
+            self.assertGreater(saved["n_saved"], 180)
+            expected = first.complete(text, 24, id_slot=0, cache_prompt=True)
+            first.close()
+            # A new process knows nothing of that cache's conditioning but what the rows bring.
+            second = self.start(SMOLLM2, *arguments)
+            self.assertTrue(second.wait_ready(), second.log()[-2000:])
+            restored = second.post("/slots/0?action=restore", {"filename": "slot.bin"})
+            self.assertEqual(restored["n_restored"], saved["n_saved"])
+            again = second.complete(text, 24, id_slot=0, cache_prompt=True)
+            self.assertLess(again["timings"]["prompt_n"], 8, "the restored rows were not used")
+            self.assertEqual(again["content"], expected["content"])
+            # One that has calibrated on something else translates them.
+            third = self.start(SMOLLM2, *arguments)
+            self.assertTrue(third.wait_ready(), third.log()[-2000:])
+            third.complete(" ".join(QUESTIONS) * 8, 1, id_slot=1)
+            third.post("/slots/0?action=restore", {"filename": "slot.bin"})
+            translated = third.complete(text, 24, id_slot=0, cache_prompt=True)
+            self.assertLess(translated["timings"]["prompt_n"], 8)
+            self.assertEqual(translated["content"][:12], expected["content"][:12])
 
     def test_wrong_setting_is_named(self) -> None:
         server = self.start(SMOLLM2, "--device", "TQ0", "-fa", "on", TURBOQUANT_KV="nonsense")
