@@ -2,6 +2,7 @@
 # TQ_TEST_SMOLLM2, _GEMMA and _TINY (environment, or what set-up found); without them those tests are skipped, and say so.
 
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
+tq_add_test(tq_bits_test SOURCES tq_bits_test.cpp LIBS tq_base LABELS tq)
 
 find_package(Python3 COMPONENTS Interpreter)
 if(NOT Python3_FOUND)
@@ -18,5 +19,12 @@ endif()
 foreach(group IN ITEMS Usage Files Run Chat Context Save Terminal Info Kinds Demo)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_program_test.py $<TARGET_FILE:tq> ${group})
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
+endforeach()
+
+# Profiles, in a file of their own.
+foreach(group IN ITEMS Tune Profile Budget)
+    add_test(NAME tq_${group}
+             COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_tune_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
 endforeach()

@@ -74,7 +74,7 @@ class Usage(Case):
 
     def test_alone_lists_its_commands(self):
         out = self.succeeds().out
-        for command in ["run", "chat", "info", "demo", "plugin-path"]:
+        for command in ["run", "chat", "info", "demo", "tune", "plugin-path"]:
             self.assertRegex(out, rf"(?m)^  {command} ")
         for command in ["run", "chat", "info", "demo"]:
             self.assertIn("--kv", self.succeeds(command, "--help").out)
@@ -574,6 +574,9 @@ if __name__ == "__main__":
         sys.exit(0)
     WORK = tempfile.mkdtemp(prefix="tq_test_")
     try:
+        if group != "Usage":  # or the first test to load a model would do this, and say so
+            for model in filter(os.path.isfile, [MODEL, GEMMA]):
+                tq("tune", model, "--tokens", 256, "--threads", 1).check_returncode()
         program = unittest.main(argv=[sys.argv[0], "-v", group, *sys.argv[3:]], exit=False)
     finally:
         shutil.rmtree(WORK, ignore_errors=True)

@@ -59,14 +59,14 @@ Result answer_with(const DemoFlags& flags, const llm::KvChoice& kv, const std::s
     options.limit = flags.limit;
     options.progress = progress("reading the prompt");
     if (!flags.model.json) {
-        fmt::print("{}\n", bold(fmt::format("{}:", kv.describe())));
+        fmt::print("{}\n", bold(fmt::format("{}:", engine->kv.describe())));
         options.on_text = [](const std::string& text) {
             std::fputs(text.c_str(), stdout);
             std::fflush(stdout);
         };
     }
     std::fflush(stdout);
-    Result result{kv, conversation.ask(prompt, options)};
+    Result result{engine->kv, conversation.ask(prompt, options)};
     if (!flags.model.json) {
         fmt::print("\n\n");
         std::fflush(stdout);

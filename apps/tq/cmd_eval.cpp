@@ -1,5 +1,6 @@
 // tq eval: what a cache setting costs, on the user's own model and text.
 #include "eval.h"
+#include "options.h"
 #include "terminal.h"
 
 #include "llm/error.h"
@@ -43,10 +44,11 @@ void add_eval_flags(CLI::App& command, EvalFlags& flags) {
                     "GGUF file (default: TURBOQUANT_MODEL, else the one set-up installed)")
         ->type_name("MODEL");
     command
-        .add_option("--kv", flags.kv,
-                    "caches to compare, with commas between: tq6 tq5 tq4 tq3, bits K/V such as 5/4, f16 q8_0 q5_1 q5_0 "
-                    "q4_0; tq4:w0:s4 sets window and sinks of one (default " +
-                        flags.kv + ")")
+        .add_option(
+            "--kv", flags.kv,
+            "caches to compare, with commas between: tq6 tq5 tq4 tq3, bits K/V such as 5/4, auto, f16 q8_0 q5_1 q5_0 "
+            "q4_0; tq4:w0:s4 sets window and sinks of one (default " +
+                flags.kv + ")")
         ->type_name("LIST");
     command.add_option("--window", flags.window, "latest positions kept exact, of all settings of ours")
         ->type_name("N");
@@ -54,6 +56,7 @@ void add_eval_flags(CLI::App& command, EvalFlags& flags) {
     command.add_option("--text", flags.text, "prose (the Debian handbook, default) or code (Python's library)")
         ->type_name("KIND");
     command.add_option("--file", flags.file, "a text of your own instead")->type_name("FILE");
+    add_profile_flags(command, flags.profile);
     command.add_flag("--f32-weights", flags.f32_weights,
                      "measure with the weights dequantised to F32, so that only the cache counts (a copy is kept)");
     command.add_option("-t,--threads", flags.threads, "threads (default: physical cores)")->type_name("N");
@@ -72,11 +75,12 @@ void check_flags(const EvalFlags& flags) {
         throw llm::UsageError("--text and --file: one text is enough; leave one of them out");
     }
     if (flags.text && *flags.text != "prose" && *flags.text != "code") {
-        throw llm::UsageError(fmt::format("--text {}: use prose or code, or --file with a text of your own", *flags.text));
+        throw llm::UsageError(
+            fmt::format("--text {}: use prose or code, or --file with a text of your own", *flags.text));
     }
 }
 
-EvalModel::EvalModel(const EvalFlags& flags) {
+EvalModel::EvalModel(const EvalFlags& flags) : profile_(choose_profile(flags.profile)), threads_(flags.threads) {
     std::string path = llm::resolve_model_path(flags.model);
     label_ = std::filesystem::path(path).filename().string();
     if (flags.f32_weights) {
@@ -102,6 +106,29 @@ llm::CachePlan EvalModel::cache_plan(int64_t context, const llm::KvChoice& kv) c
     llm::CachePlan plan = llm::full_cache_plan(plan_->plan(context));
     llm::check_fit(*plan_, plan, kv);
     return plan;
+}
+
+void EvalModel::use_profile(std::vector<llm::Setting>& settings) {
+    const llm::CachePlan shapes = plan_->plan(1);
+    std::string used;
+    for (llm::Setting& setting : settings) {
+        if (!llm::find_profile(plan_->path, profile_, shapes, setting.kv, print_note)) {
+            llm::TuneOptions tuning;
+            tuning.threads = threads_;
+            tuning.interrupt = &interrupt_flag();
+            tuning.progress = progress("measuring the keys of " + label_);
+            const llm::Model& model = load(true);
+            if (!temporary_profile_) {
+                temporary_profile_ = llm::prepare_profile(model, *plan_, profile_, tuning, setting.kv, print_note);
+            } else {
+                setting.kv.profile = temporary_profile_->path();
+            }
+        }
+        used = setting.kv.profile.empty() ? used : setting.kv.profile;
+    }
+    if (!used.empty()) {
+        print_note(fmt::format("keys are conditioned by {} ({})", used, llm::load_profile(used, shapes).text));
+    }
 }
 
 EvalText read_text(const EvalFlags& flags) {
@@ -147,9 +174,8 @@ nlohmann::ordered_json setting_json(const EvalModel& model, const llm::Setting& 
 Command add_eval(CLI::App& program) {
     CLI::App* eval = program.add_subcommand("eval", "what cache settings cost: kld, ppl (perplexity), niah (needles)");
     eval->require_subcommand(1);
-    const std::vector<std::pair<std::string, Command>> commands = {{"kld", add_eval_kld(*eval)},
-                                                                   {"ppl", add_eval_ppl(*eval)},
-                                                                   {"niah", add_eval_niah(*eval)}};
+    const std::vector<std::pair<std::string, Command>> commands = {
+        {"kld", add_eval_kld(*eval)}, {"ppl", add_eval_ppl(*eval)}, {"niah", add_eval_niah(*eval)}};
     return [eval, commands] {
         for (const auto& [name, command] : commands) {
             if (eval->got_subcommand(name)) {

@@ -114,8 +114,12 @@ nlohmann::json as_json(const llm::ModelPlan& model, const llm::CachePlan& plan, 
                                 {"total_bytes", row.total_bytes},
                                 {"largest_context", row.largest}};
         if (row.kv.turboquant()) {
-            cache["key_bits"] = row.kv.key_bits;
-            cache["value_bits"] = row.kv.value_bits;
+            if (row.kv.automatic) {
+                cache["bits"] = row.kv.mean_bits;
+            } else {
+                cache["key_bits"] = row.kv.key_bits;
+                cache["value_bits"] = row.kv.value_bits;
+            }
             cache["window"] = row.kv.window;
             cache["sinks"] = row.kv.sinks;
         }
@@ -161,6 +165,11 @@ int info(const InfoFlags& flags) {
     llm::install_log(flags.model.verbose);
     const llm::ModelPlan model(llm::resolve_model_path(flags.path.empty() ? flags.model.model : flags.path));
     const llm::CachePlan plan = model.plan(llm::choose_context(model, flags.model.context));
+    for (llm::KvChoice& choice : choices) {
+        if (choice.automatic) { // its bits are the profile's
+            llm::find_profile(model.path, choose_profile(flags.model.profile), plan, choice, {});
+        }
+    }
     const llm::FreeMemory memory = llm::free_memory();
     std::vector<Row> rows;
     rows.reserve(choices.size());

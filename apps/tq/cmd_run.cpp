@@ -83,7 +83,7 @@ int run(const RunFlags& flags) {
     const llm::Answer answer = conversation.ask(prompt, options);
     if (flags.model.json) {
         const nlohmann::json root = {{"answer", answer.text},         {"stop", llm::stop_name(answer.stop)},
-                                     {"model", engine->model.path()}, {"kv", kv.describe()},
+                                     {"model", engine->model.path()}, {"kv", engine->kv.describe()},
                                      {"seed", options.sampling.seed}, {"stats", stats_json(answer.stats)}};
         fmt::print("{}\n", root.dump());
     } else {

@@ -4,6 +4,7 @@
 #include "commands.h"
 
 #include "llm/evaluation.h"
+#include "llm/tuning.h"
 
 #include <cstdint>
 #include <memory>
@@ -17,6 +18,7 @@ namespace turboquant::app {
 
 struct EvalFlags {
     std::string model;
+    llm::ProfileFlags profile;
     std::string kv = "q8_0,q5_1,q4_0,tq6,tq5,tq4,tq3";
     std::optional<int> window;
     std::optional<int> sinks;
@@ -42,10 +44,15 @@ public:
     // Of a context whose sliding layers keep all rows. UsageError when the model was not trained for it; Error when
     // `kv` with it does not fit into memory.
     llm::CachePlan cache_plan(int64_t context, const llm::KvChoice& kv) const;
+    // Gives all settings of ours the model's profile, made of the whole built-in text where there is none; says which.
+    void use_profile(std::vector<llm::Setting>& settings);
 
 private:
     std::unique_ptr<llm::ModelPlan> plan_;
     std::unique_ptr<llm::Model> models_[2];
+    llm::ProfileFlags profile_;
+    std::unique_ptr<llm::TemporaryProfile> temporary_profile_;
+    int threads_ = 0;
     std::string label_;
 };
 

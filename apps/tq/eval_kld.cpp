@@ -67,6 +67,7 @@ public:
         const llm::Model& host = model_->load(false);
         chunks_ = llm::make_chunks(host, text.text, flags.context, flags.chunks, flags.stride);
         vocabulary_ = llama_vocab_n_tokens(host.vocab());
+        model_->use_profile(settings_);
     }
 
     int kld() {

@@ -99,6 +99,7 @@ public:
         for (const Job& job : jobs) {
             work += job.work;
         }
+        model_->use_profile(settings_);
         Eta eta(static_cast<int>(settings_.size()));
         for (size_t i = 0; i < settings_.size(); ++i) {
             eta.begin(settings_[i].label, work, work * static_cast<double>(settings_.size() - i - 1));

@@ -23,6 +23,7 @@ std::unique_ptr<Engine> start(const ModelFlags& flags, const llm::KvChoice& kv) 
     auto engine = std::make_unique<Engine>(
         Engine{kv, llm::Model::load(path, kv.turboquant(), progress("loading " + name)), nullptr, nullptr});
     llm::TuneOptions tuning;
+    tuning.hurry = true;
     tuning.threads = flags.threads;
     tuning.interrupt = &interrupt_flag();
     tuning.progress = progress("measuring the keys of " + name);

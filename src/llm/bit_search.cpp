@@ -20,10 +20,10 @@ namespace {
 // At 3 bits a side's error is still small enough to grow as the squared error, and large enough to be seen.
 constexpr int kProbeBits = 3;
 constexpr int kExactBits = 16;
-constexpr int64_t kProbeContext = 320;
-constexpr int64_t kProbeChunks = 2;
+constexpr int64_t kProbeContext = 384; // read twice for every layer, so it must be short
+constexpr int64_t kProbeChunks = 1;
 constexpr int64_t kFinalContext = 512;
-constexpr int64_t kFinalChunks = 4;
+constexpr int64_t kFinalChunks = 3;
 constexpr int64_t kFirstScored = 64; // earlier positions attend to little
 constexpr int64_t kBaseBytes = int64_t{128} << 20;
 
@@ -167,38 +167,38 @@ struct Plan {
     std::vector<int> widths;
 };
 
-// The mixes, the best uniform pair, and the best with as many bits for keys as for values.
-std::vector<Plan> plans(const std::vector<Side>& sides, const std::vector<SideCost>& costs, double budget) {
-    std::vector<Plan> all = {{"mix", allocate_bits(costs, budget, kWidths.front())}};
-    const auto add = [&](Plan plan) {
-        if (std::none_of(all.begin(), all.end(), [&](const Plan& p) { return p.widths == plan.widths; })) {
-            all.push_back(std::move(plan));
-        }
-    };
-    if (budget >= kProbeBits) { // 2 bits everywhere they look cheap may not add up
-        add({"mix from 3 bits", allocate_bits(costs, budget, kProbeBits)});
-    }
+// The best uniform pair, the best with as many bits for keys as for values, and mixes.
+std::vector<Plan> make_plans(const std::vector<Side>& sides, const std::vector<SideCost>& costs, double budget) {
     constexpr double kRounding = 1e-9;
     Plan pair;
     Plan equal;
+    double most = 0;
     for (const int key : kWidths) {
         for (const int value : kWidths) {
-            Plan plan{fmt::format("{}/{}", key, value), uniform_widths(sides, key, value)};
+            const Plan plan{fmt::format("{}/{}", key, value), uniform_widths(sides, key, value)};
             const double bits = mean_bits(costs, plan.widths);
             if (bits > budget + kRounding) {
                 continue;
             }
-            const double best = pair.widths.empty() ? 0 : mean_bits(costs, pair.widths);
-            if (bits > best + kRounding ||
-                (bits > best - kRounding && predicted(costs, plan.widths) < predicted(costs, pair.widths))) {
-                pair = plan;
-            }
             equal = key == value ? plan : equal;
+            if (bits > most + kRounding ||
+                (bits > most - kRounding && predicted(costs, plan.widths) < predicted(costs, pair.widths))) {
+                pair = plan;
+                most = bits;
+            }
         }
     }
-    add(pair);
-    add(equal);
-    return all;
+    std::vector<Plan> plans = {equal, pair, {"mix", allocate_bits(costs, budget, kWidths.front())}};
+    if (budget >= kProbeBits) { // 2 bits in many places may come to more than their sum
+        plans.push_back({"mix, 3 or more", allocate_bits(costs, budget, kProbeBits)});
+    }
+    std::vector<Plan> distinct;
+    for (Plan& plan : plans) {
+        if (std::none_of(distinct.begin(), distinct.end(), [&](const Plan& p) { return p.widths == plan.widths; })) {
+            distinct.push_back(std::move(plan));
+        }
+    }
+    return distinct;
 }
 
 } // namespace
@@ -247,7 +247,7 @@ BitSearch search_bits(const Model& model, const ModelPlan& plan, std::string_vie
     BitSearch result;
     result.positions = final.positions();
     final.read_base(steps.next(final.tokens()));
-    for (const Plan& p : plans(sides, costs, options.budget)) {
+    for (const Plan& p : make_plans(sides, costs, options.budget)) {
         const std::vector<LayerBits> bits = layer_bits(sides, p.widths, profile.layers.size());
         set_bits(trial, bits);
         result.measured.push_back(

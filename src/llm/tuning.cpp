@@ -140,10 +140,9 @@ std::unique_ptr<TemporaryProfile> prepare_profile(const Model& model, const Mode
     if (find_profile(model.path(), flags, plan.plan(1), kv, notice)) {
         return nullptr;
     }
-    TuneOptions hurried = options;
-    hurried.text_name = kBuiltInText;
-    hurried.hurry = true;
-    const Tuned tuned = tune(model, plan, calibration_text(), hurried);
+    TuneOptions built_in = options;
+    built_in.text_name = kBuiltInText;
+    const Tuned tuned = tune(model, plan, calibration_text(), built_in);
     const std::string how =
         fmt::format("first load of {}: keys measured on {} tokens in {:.1f} s",
                     std::filesystem::path(model.path()).filename().string(), format_count(tuned.tokens), tuned.seconds);

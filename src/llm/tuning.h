@@ -43,7 +43,7 @@ Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, con
 
 // The profile that a session of `model` should use: found (find_profile) or, where there is none, made from the built-in
 // text and kept in the cache folder, with a notice. Sets kv.profile. Where it cannot be kept the notice says why, and it
-// is a temporary file that lives as long as what is returned (else null). Of the options text and hurry are not used.
+// is a temporary file that lives as long as what is returned (else null). The options say how; not which text.
 std::unique_ptr<TemporaryProfile> prepare_profile(const Model& model, const ModelPlan& plan, const ProfileFlags& flags,
                                                   const TuneOptions& options, KvChoice& kv, const Notice& notice);
 
