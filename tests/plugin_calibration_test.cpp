@@ -116,6 +116,127 @@ TEST_F(Calibration, BiasedKeysFailWithoutAndAreRepairedWith) {
     EXPECT_LT(error(tokens, {"4/4"}).mean_kld, 3 * ordinary + 1e-4);
 }
 
+// All in one batch: what the ring no longer holds when the 128th key has been counted must come from the batch.
+TEST_F(Calibration, OneLargeBatchIsCodedFromItsOwnRows) {
+    load("qwen2_biased");
+    const Tokens tokens = random_tokens(420, vocabulary, 3);
+    const Shape shape = {.n_ubatch = 512};
+    const Context reference = make_context(stock.get(), shape, {});
+    const Logits expected = decode(reference.get(), tokens);
+    auto error = [&](bool calibrate) {
+        const Context c = context({.kv = "4/4", .calibrate = calibrate}, shape);
+        return compare(decode(c.get(), tokens), expected, vocabulary).mean_kld;
+    };
+    const double with = error(true);
+    const double without = error(false);
+    std::printf("biased keys, one batch: mean KLD %.4f without, %.6f with\n", without, with);
+    EXPECT_LT(with, 0.05 * without);
+}
+
+// Positions are the sequence's, not the rows': far from zero and behind another sequence the offset has turned.
+TEST_F(Calibration, MeanIsTurnedToWhereTheRowsAre) {
+    load("qwen2_biased");
+    const Tokens tokens = random_tokens(150, vocabulary, 3);
+    for (const int far : {0, 12000}) {
+        auto logits = [&](llama_model* model, const Cache& cache) {
+            const Context c = make_context(model, {.n_ctx = 512, .n_seq_max = 2, .unified = true}, cache);
+            decode(c.get(), random_tokens(300, vocabulary, 4), {.sequence = 1, .chunk = 50});
+            return decode(c.get(), tokens, {.begin = far, .chunk = 50});
+        };
+        const Logits expected = logits(stock.get(), {});
+        const double with = compare(logits(plugin.get(), {"4/4"}), expected, vocabulary).mean_kld;
+        const double without =
+            compare(logits(plugin.get(), {.kv = "4/4", .calibrate = false}), expected, vocabulary).mean_kld;
+        std::printf("biased keys at position %d: mean KLD %.4f without, %.6f with\n", far, without, with);
+        EXPECT_LT(with, 0.05 * without);
+    }
+}
+
+// Without a window, the ring of the first rows goes in the very batch that brings another stream's first row.
+TEST_F(Calibration, FirstRowsArePinnedBeforeTheRingGoes) {
+    load("llama_64");
+    Tokens all(132);
+    for (size_t i = 0; i < all.size(); ++i) {
+        all[i] = static_cast<llama_token>(i * 97 % 256);
+    }
+    const Context c = context({"4/4", 0, 4}, {.n_ctx = 1024, .n_seq_max = 2});
+    decode(c.get(), {all.begin(), all.begin() + 131});
+    llama_batch batch = llama_batch_init(2, 0, 1);
+    for (int i = 0; i < 2; ++i) {
+        batch.token[i] = all[131];
+        batch.pos[i] = i == 0 ? 131 : 0;
+        batch.n_seq_id[i] = 1;
+        batch.seq_id[i][0] = i;
+        batch.logits[i] = 1;
+    }
+    batch.n_tokens = 2;
+    EXPECT_EQ(llama_decode(c.get(), batch), 0);
+    llama_batch_free(batch);
+    EXPECT_EQ(saved_conditioning(sequence_state(c.get(), 0), 4, 64, 2).coded, 128);
+    EXPECT_EQ(saved_conditioning(sequence_state(c.get(), 1), 4, 64, 2).coded, 0) << "its row is pinned";
+}
+
+// A graph in which keys arrive as a copy, as where the weights are on another device. No host: the device itself.
+TEST_F(Calibration, GraphThatHidesHowKeysTurn) {
+    constexpr int64_t kCells = 256;
+    constexpr int64_t kRows = 200;
+    ggml_backend_dev_t device = plugin_device();
+    ASSERT_NE(device, nullptr);
+    set_cache({"4/4"});
+    const LogCapture log;
+    ggml_context* cache = ggml_init({4 * ggml_tensor_overhead(), nullptr, true});
+    ggml_tensor* k_cache = ggml_new_tensor_3d(cache, GGML_TYPE_F16, 128, kCells, 1);
+    ggml_tensor* v_cache = ggml_new_tensor_3d(cache, GGML_TYPE_F16, 128, kCells, 1);
+    ggml_set_name(k_cache, "cache_k_l0");
+    ggml_set_name(v_cache, "cache_v_l0");
+    ggml_backend_buffer_t buffer =
+        ggml_backend_alloc_ctx_tensors_from_buft(cache, ggml_backend_dev_buffer_type(device));
+    ASSERT_NE(buffer, nullptr);
+
+    ggml_context* ctx = ggml_init({16 << 20, nullptr, false});
+    ggml_tensor* rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 128, kRows);
+    ggml_tensor* index = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, kRows);
+    ggml_tensor* q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 64, kRows, 4);
+    ggml_tensor* mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, kCells, kRows);
+    const Tokens noise = random_tokens(128 * kRows, 2001, 1);
+    for (int64_t i = 0; i < 128 * kRows; ++i) {
+        static_cast<float*>(rows->data)[i] = static_cast<float>(noise[static_cast<size_t>(i)] - 1000) / 1000;
+    }
+    for (int64_t i = 0; i < 64 * kRows * 4; ++i) {
+        static_cast<float*>(q->data)[i] = static_cast<float>(noise[static_cast<size_t>(i % 25000)] - 1000) / 1000;
+    }
+    for (int64_t i = 0; i < kRows; ++i) {
+        static_cast<int64_t*>(index->data)[i] = i;
+        for (int64_t j = 0; j < kCells; ++j) {
+            static_cast<ggml_fp16_t*>(mask->data)[i * kCells + j] = ggml_fp32_to_fp16(j <= i ? 0.0F : -INFINITY);
+        }
+    }
+    ggml_cgraph* graph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, ggml_set_rows(ctx, k_cache, rows, index));
+    ggml_build_forward_expand(graph, ggml_set_rows(ctx, v_cache, rows, index));
+    auto heads = [&](ggml_tensor* t) {
+        ggml_tensor* view = ggml_view_4d(ctx, t, 64, 2, kCells, 1, 128, 256, 256 * kCells, 0);
+        return ggml_permute(ctx, view, 0, 2, 1, 3);
+    };
+    ggml_tensor* out = ggml_flash_attn_ext(ctx, q, heads(k_cache), heads(v_cache), mask, 0.125F, 0, 0);
+    ASSERT_TRUE(ggml_backend_dev_supports_op(device, out));
+    ggml_build_forward_expand(graph, out);
+    ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+    EXPECT_EQ(ggml_backend_graph_compute(backend, graph), GGML_STATUS_SUCCESS);
+    EXPECT_EQ(log.count({"keys of 1 layers are not conditioned", "profile"}), 1);
+    std::vector<uint8_t> row(256);
+    ggml_backend_tensor_get(k_cache, row.data(), 100 * row.size(), row.size());
+    std::unique_ptr<Store> store;
+    ASSERT_TRUE(Store::create({.head_size = 64, .kv_heads = 2, .rows = 1}, {.bits = 4}, {}, store).ok());
+    Store::NativePiece piece;
+    EXPECT_TRUE(store->native_piece(row.data(), piece)) << "codes: nothing waits for a calibration that will not come";
+    EXPECT_EQ(piece.conditioning_id, 0U);
+    ggml_backend_free(backend);
+    ggml_free(ctx);
+    ggml_backend_buffer_free(buffer);
+    ggml_free(cache);
+}
+
 TEST_F(Calibration, SameStartSameCache) {
     load("llama_64");
     const Tokens start = random_tokens(150, vocabulary, 8);

@@ -10,9 +10,9 @@ namespace {
 
 enum Status { worked = 0, no_plugin = 3, no_model = 4, no_context = 5, no_decode = 6 };
 
-const std::vector<std::string> kClean = {"TURBOQUANT_KV",    "TURBOQUANT_WINDOW",    "TURBOQUANT_SINKS",
-                                         "TURBOQUANT_ISA",   "TURBOQUANT_HEAD_SIZE", "TURBOQUANT_SINK_SEQUENCES",
-                                         "GGML_BACKEND_PATH"};
+const std::vector<std::string> kClean = {"TURBOQUANT_KV",      "TURBOQUANT_WINDOW",    "TURBOQUANT_SINKS",
+                                         "TURBOQUANT_ISA",     "TURBOQUANT_HEAD_SIZE", "TURBOQUANT_SINK_SEQUENCES",
+                                         "TURBOQUANT_PROFILE", "TURBOQUANT_CALIBRATE", "GGML_BACKEND_PATH"};
 
 Outcome attempt(const std::string& model, const std::vector<std::string>& options,
                 std::vector<std::string> variables = {}) {
@@ -111,6 +111,9 @@ TEST_F(Refusal, WrongValuesAreNamed) {
                                {"TURBOQUANT_SINKS", "-3"},
                                {"TURBOQUANT_SINKS", "1e3"},
                                {"TURBOQUANT_ISA", "sse9"},
+                               {"TURBOQUANT_CALIBRATE", "yes"},
+                               {"TURBOQUANT_CALIBRATE", ""},
+                               {"TURBOQUANT_PROFILE", "no/such/file"},
                                {"TURBOQUANT_HEAD_SIZE", "0"},
                                {"TURBOQUANT_HEAD_SIZE", "many"}}) {
         const Outcome run = attempt("llama_64", {}, {std::string(wrong.variable) + "=" + wrong.value});

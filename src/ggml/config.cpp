@@ -143,7 +143,7 @@ Status load_profile(const Config& config, std::shared_ptr<const Profile>& profil
         last.size != size) {
         auto read = std::make_shared<Profile>();
         if (Status status = read_profile(config.profile, *read); !status.ok()) {
-            return status;
+            return {status.code(), "TURBOQUANT_PROFILE: " + status.message()};
         }
         last = {config.profile, time, size, std::move(read)};
     }

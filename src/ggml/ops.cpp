@@ -88,7 +88,7 @@ ParallelFor OpContext::parallel() const {
     return {run_openmp, const_cast<int*>(&n_threads_), n_threads_};
 }
 
-Status OpContext::learn_rope(KvTensor& tensor, const RopeTrace& trace) {
+Status OpContext::learn_rope(KvBuffer& buffer, KvTensor& tensor, const RopeTrace& trace) {
     RopeFacts& facts = tensor.rope();
     std::vector<int32_t> signature = trace.signature();
     if (facts.known && facts.signature == signature) {
@@ -106,7 +106,9 @@ Status OpContext::learn_rope(KvTensor& tensor, const RopeTrace& trace) {
     }
     facts.signature = std::move(signature);
     facts.known = true;
-    return tensor.key_source().see_turns(facts, tensor.stores(), parallel());
+    Status status = tensor.key_source().see_turns(facts, tensor.stores(), parallel());
+    report_sources(buffer);
+    return status;
 }
 
 const int32_t* OpContext::batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n) {
@@ -162,7 +164,7 @@ Status OpContext::set_rows(const ggml_tensor* op) {
     bool keep_keys = false;
     if (tensor.side() == Side::key) {
         const RopeTrace trace = trace_rope(op, tensor.head_size());
-        if (Status status = learn_rope(tensor, trace); !status.ok()) {
+        if (Status status = learn_rope(*kv.buffer, tensor, trace); !status.ok()) {
             return {status.code(), tensor.name() + ": " + status.message()};
         }
         positions = batch_positions(tensor, trace, n);

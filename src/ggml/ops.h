@@ -41,7 +41,7 @@ private:
         std::vector<int32_t> positions;
     };
     std::vector<Batch>& batches(Side side) { return batches_[side == Side::key ? 0 : 1]; }
-    Status learn_rope(KvTensor& tensor, const RopeTrace& trace);
+    Status learn_rope(KvBuffer& buffer, KvTensor& tensor, const RopeTrace& trace);
     // Of the rows that a key tensor is about to get; null if unknown.
     const int32_t* batch_positions(const KvTensor& tensor, const RopeTrace& trace, int64_t n);
     // Statistics of the keys that this attention's batch has written and of its queries; conditions the stores when the
