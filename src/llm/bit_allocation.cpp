@@ -6,12 +6,12 @@ namespace turboquant::llm {
 
 double codebook_error(int bits) {
     switch (bits) {
-    case 2: return .11748;
-    case 3: return .03456;
-    case 4: return .00953;
-    case 5: return .002521;
-    case 6: return .000657;
-    case 8: return .00004;
+    case 2: return .1186;
+    case 3: return .0334;
+    case 4: return .00834;
+    case 5: return .00210;
+    case 6: return .000565;
+    case 8: return .000042;
     default: return 0; // exact rows
     }
 }
