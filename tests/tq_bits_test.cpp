@@ -3,6 +3,8 @@
 #include "llm/error.h"
 #include "llm/kv_choice.h"
 
+#include <turboquant/codec.h>
+
 #include <algorithm>
 #include <random>
 
@@ -68,6 +70,35 @@ TEST(Allocation, NearTheBestOfAllForRandomCosts) {
         // What cannot be spent is at most a step of the largest side.
         EXPECT_LE(total_cost(sides, widths), 2.5 * best) << budget;
         EXPECT_GE(total_cost(sides, widths), best * .999999);
+    }
+}
+
+TEST(Allocation, CodebookErrorsAreThoseOfTheCodec) {
+    using turboquant::Codebook;
+    constexpr int kBlock = 128;
+    std::mt19937 random(2);
+    std::normal_distribution<float> normal;
+    for (const int bits : kWidths) {
+        double error = 0;
+        double energy = 0;
+        for (int round = 0; round < 2000; ++round) {
+            float y[kBlock];
+            float decoded[kBlock];
+            uint8_t codes[kBlock];
+            uint16_t scale = 0;
+            for (float& v : y) {
+                v = normal(random);
+            }
+            const Codebook& book = *turboquant::find_codebook(bits);
+            turboquant::encode_block(y, kBlock, book, turboquant::ScaleRule::matched, codes, &scale,
+                                     turboquant::Isa::portable);
+            turboquant::decode_block(codes, kBlock, book, scale, decoded);
+            for (int i = 0; i < kBlock; ++i) {
+                error += static_cast<double>(y[i] - decoded[i]) * static_cast<double>(y[i] - decoded[i]);
+                energy += static_cast<double>(y[i]) * static_cast<double>(y[i]);
+            }
+        }
+        EXPECT_NEAR(error / energy / codebook_error(bits), 1, .03) << bits;
     }
 }
 
