@@ -361,16 +361,17 @@ TEST_F(Calibration, EveryKindOfModelIsNotWorse) {
     }
 }
 
+// By so much that the offset turns by a radian or two: each row's mean must turn with it.
 TEST_F(Calibration, ShiftedKeysKeepTheirMean) {
     load("qwen2_biased");
     const Tokens start = random_tokens(360, vocabulary, 3);
     const Tokens tail = random_tokens(60, vocabulary, 4);
     auto shifted = [&](llama_model* model, const Cache& cache) {
         const Context c = make_context(model, {.n_ctx = 1024}, cache);
-        decode(c.get(), start, {.chunk = 60});
+        decode(c.get(), start, {.begin = 60000, .chunk = 60});
         llama_memory_t memory = llama_get_memory(c.get());
-        EXPECT_TRUE(llama_memory_seq_rm(memory, 0, 4, 124));
-        llama_memory_seq_add(memory, 0, 124, -1, -120);
+        EXPECT_TRUE(llama_memory_seq_rm(memory, 0, 60000, 60120));
+        llama_memory_seq_add(memory, 0, 60120, -1, -60120);
         return decode(c.get(), tail, {.begin = 240, .chunk = 20});
     };
     const Logits reference = shifted(stock.get(), {});
@@ -378,7 +379,7 @@ TEST_F(Calibration, ShiftedKeysKeepTheirMean) {
     const double without =
         compare(shifted(plugin.get(), {.kv = "4/4", .calibrate = false}), reference, vocabulary).mean_kld;
     std::printf("biased keys, shifted: mean KLD %.4f without, %.6f with\n", without, with);
-    EXPECT_LT(with, 0.05 * without);
+    EXPECT_LT(with, 0.06 * without);
 }
 
 TEST_F(Calibration, FreshCacheTakesOverWhatSavedRowsBring) {
