@@ -12,9 +12,10 @@ constexpr int kCellWidth = 52;
 constexpr int kCellHeight = 22;
 constexpr int kLeft = 64;   // of a panel, for its labels
 constexpr int kTop = 30;    // for its title
-constexpr int kBottom = 44; // for the columns' labels
+constexpr int kBottom = 30; // for the columns' labels
 constexpr int kMargin = 16;
 constexpr int kHeader = 34;
+constexpr int kFooter = 24;
 constexpr size_t kPanelsInARow = 4;
 
 std::string escaped(const std::string& text) {
@@ -53,7 +54,7 @@ std::string to_svg(const HeatMap& map) {
     const size_t down = (map.panels.size() + across - 1) / across;
     // A single narrow panel must still hold the title.
     const int width = std::max(static_cast<int>(across) * panel_width, 8 * static_cast<int>(map.title.size())) + kMargin;
-    const int height = kHeader + static_cast<int>(down) * panel_height + kMargin;
+    const int height = kHeader + static_cast<int>(down) * panel_height + kFooter;
     std::string svg = fmt::format("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" viewBox=\"0 0 "
                                   "{0} {1}\" font-family=\"sans-serif\">\n"
                                   "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
@@ -81,8 +82,9 @@ std::string to_svg(const HeatMap& map) {
             svg += words(left + (static_cast<double>(column) + 0.5) * kCellWidth, below + 14, "middle", 11, "#444",
                          map.columns[column]);
         }
-        svg += words(left, below + 30, "start", 11, "#444", map.x_label + "; down: " + map.y_label);
     }
+    svg += words(kMargin, height - 12, "start", 11, "#444",
+                 fmt::format("across: {}; down: {}", map.x_label, map.y_label));
     return svg + "</svg>\n";
 }
 
