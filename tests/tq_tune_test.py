@@ -134,7 +134,8 @@ class Profile(Case):
     def test_the_first_load_makes_one_and_later_ones_find_it(self):
         cache = cache_folder("first")
         model = tiny("gemma3")
-        run = ["run", *LIKELIEST, "-m", model, "--ctx", 512, "-n", 1, "-p", "hello"]
+        # So coarse that it shows whether the profile was used.
+        run = ["run", *LIKELIEST, "-m", model, "--ctx", 512, "-n", 60, "-p", "hello", "--kv", "2/2", "--window", 0]
         done = self.succeeds(*run, XDG_CACHE_HOME=cache)
         (path,) = profiles(cache)
         self.assertRegex(done.err, r"\Afirst load of gemma3.gguf: keys measured on [\d,]+ tokens in [\d.]+ s; profile "
@@ -145,9 +146,10 @@ class Profile(Case):
         self.assertEqual(again.out, done.out)
         self.assertEqual(path.read_bytes(), before)
         self.assertEqual(profiles(cache), [path])
-        self.succeeds(*run, "--no-turboquant", XDG_CACHE_HOME=cache_folder("none"))
-        self.succeeds(*run, "--kv", "16/16", XDG_CACHE_HOME=cache_folder("none"))
-        self.succeeds(*run, "--no-profile", XDG_CACHE_HOME=cache_folder("none"))
+        self.succeeds(*run[:-4], "--no-turboquant", XDG_CACHE_HOME=cache_folder("none"))
+        self.succeeds(*run[:-4], "--kv", "16/16", XDG_CACHE_HOME=cache_folder("none"))
+        without = self.succeeds(*run, "--no-profile", XDG_CACHE_HOME=cache_folder("none"))
+        self.assertNotEqual(without.out, done.out)
         self.assertEqual(profiles(cache_folder("none")), [])
 
     def test_eval_uses_it(self):
@@ -181,6 +183,10 @@ class Profile(Case):
                    XDG_CACHE_HOME=cache)
         self.fails(1, [mine, "of another model"], "run", "-m", tiny("deci"), "-p", "x", XDG_CACHE_HOME=cache,
                    TURBOQUANT_PROFILE=mine)
+        self.succeeds("tune", tiny("llama_64"), "--output", mine, XDG_CACHE_HOME=cache)
+        self.fails(1, [mine, "its layer 0 is not the model's"], "run", "-m", tiny("llama_80"), "-p", "x", "--profile", mine,
+                   XDG_CACHE_HOME=cache)
+        self.succeeds("tune", model, "--output", mine, XDG_CACHE_HOME=cache)
         damaged = os.path.join(program.WORK, "damaged.tqp")
         data = bytearray(pathlib.Path(mine).read_bytes())
         data[len(data) // 2] ^= 1
