@@ -39,6 +39,8 @@ TEST(KvChoice, PresetsAreThoseOfTheDesign) {
     EXPECT_EQ(parse_kv("tq4").describe(), "tq4 (4/4 bits, window 32, sinks 4)");
     EXPECT_EQ(parse_kv("tq3").describe(), "tq3 (3/3 bits, window 128, sinks 4)");
     EXPECT_EQ(parse_kv("default").name, "tq4");
+    EXPECT_EQ(parse_kv("q4_0-emulated").bits(), "q4_0-emulated");
+    EXPECT_FALSE(parse_kv("q4_0-emulated").pass_through());
     EXPECT_EQ(resolve_kv({}).name, "tq4");
 }
 

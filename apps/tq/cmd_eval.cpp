@@ -47,7 +47,8 @@ void add_eval_flags(CLI::App& command, EvalFlags& flags) {
         .add_option(
             "--kv", flags.kv,
             "caches to compare, with commas between: tq6 tq5 tq4 tq3, bits K/V such as 5/4, auto, f16 q8_0 q5_1 q5_0 "
-            "q4_0; tq4:w0:s4 sets window and sinks of one (default " +
+            "q4_0; tq4:w0:s4 sets window and sinks of one, tq4:self and tq4:off leave its profile out (calibrated from "
+            "its first rows, not conditioned); q4_0-emulated is that format with our conditioning (default " +
                 flags.kv + ")")
         ->type_name("LIST");
     command.add_option("--window", flags.window, "latest positions kept exact, of all settings of ours")

@@ -74,6 +74,12 @@ Status parse_kv(std::string_view text, Config& config) {
         config.profile_bits = true;
         return {};
     }
+    if (text == "q4_0-emulated") { // not for use: fp16's memory
+        config.emulate_q4_0 = true;
+        config.key_bits = 16;
+        config.value_bits = 16;
+        return {};
+    }
     int k = 0;
     int v = 0;
     if (text.find('/') != std::string_view::npos && parse_pair(text, k, v) && is_bits(k) && is_bits(v)) {

@@ -19,9 +19,10 @@ struct Config {
     int sequences = 8; // TURBOQUANT_SINK_SEQUENCES: sequences of one stream whose first rows have room
     // TURBOQUANT_KV=auto: the bits are the profile's, layer by layer (in_layer); those above are for layers without any
     bool profile_bits = false;
-    std::string profile;   // TURBOQUANT_PROFILE: path; empty: none
-    bool calibrate = true; // TURBOQUANT_CALIBRATE: on or off; without a profile, from the first rows
-    int key_head_size = 0; // TURBOQUANT_HEAD_SIZE: K or K/V; 0: learned from the graph
+    bool emulate_q4_0 = false; // TURBOQUANT_KV=q4_0-emulated: for comparisons (StoreOptions::emulate_q4_0)
+    std::string profile;       // TURBOQUANT_PROFILE: path; empty: none
+    bool calibrate = true;     // TURBOQUANT_CALIBRATE: on or off; without a profile, from the first rows
+    int key_head_size = 0;     // TURBOQUANT_HEAD_SIZE: K or K/V; 0: learned from the graph
     int value_head_size = 0;
     Isa isa = Isa::portable; // TURBOQUANT_ISA, else the best
 

@@ -18,7 +18,8 @@ StoreOptions options_of(Side side, const Config& config, int64_t streams) {
     const int sequences = streams > 1 ? 1 : config.sequences;
     return {.bits = side == Side::key ? config.key_bits : config.value_bits,
             .window = config.window,
-            .sink_slots = config.sinks * sequences};
+            .sink_slots = config.sinks * sequences,
+            .emulate_q4_0 = config.emulate_q4_0};
 }
 
 } // namespace
@@ -33,7 +34,7 @@ KvTensor::KvTensor(const ggml_tensor& tensor, Side side, int layer, const Config
       streams_(tensor.ne[2]),
       type_(tensor.type),
       row_bytes_(ggml_row_size(tensor.type, tensor.ne[0])) {
-    if (side == Side::key && config.key_bits <= kMostCodeBits && elements_ > 0) {
+    if (side == Side::key && (config.key_bits <= kMostCodeBits || config.emulate_q4_0) && elements_ > 0) {
         source_ = KeySource(profile, config.calibrate);
         profile_head_size_ = profile == nullptr ? 0 : profile->head_size;
     }

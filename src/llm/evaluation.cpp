@@ -114,7 +114,12 @@ std::vector<Setting> parse_settings(std::string_view list, std::optional<int> wi
         const std::vector<std::string_view> parts = split(text, ':');
         KvFlags flags;
         flags.kv = std::string(parts[0]);
+        std::optional<bool> calibrate;
         for (size_t i = 1; i < parts.size(); ++i) {
+            if (parts[i] == "self" || parts[i] == "off") {
+                calibrate = parts[i] == "self";
+                continue;
+            }
             std::optional<int>* rows = parts[i].substr(0, 1) == "w"   ? &flags.window
                                        : parts[i].substr(0, 1) == "s" ? &flags.sinks
                                                                       : nullptr;
@@ -122,8 +127,9 @@ std::vector<Setting> parse_settings(std::string_view list, std::optional<int> wi
             const char* end = parts[i].data() + parts[i].size();
             if (rows == nullptr || *rows || parts[i].size() < 2 ||
                 std::from_chars(parts[i].data() + 1, end, value).ptr != end) {
-                throw UsageError(fmt::format("--kv {}: '{}' is not understood; after a cache come :wN (window) and :sN "
-                                             "(sinks), as in tq4:w0:s4",
+                throw UsageError(fmt::format("--kv {}: '{}' is not understood; after a cache come :wN (window), :sN "
+                                             "(sinks) and :self or :off (no profile: calibrated from its first "
+                                             "rows, or not conditioned), as in tq4:w0:s4",
                                              text, parts[i]));
             }
             *rows = value;
@@ -132,7 +138,9 @@ std::vector<Setting> parse_settings(std::string_view list, std::optional<int> wi
             flags.window = flags.window ? flags.window : window;
             flags.sinks = flags.sinks ? flags.sinks : sinks;
         }
-        settings.push_back({std::string(text), resolve_kv(flags)});
+        KvChoice kv = resolve_kv(flags);
+        kv.calibrate = kv.turboquant() ? calibrate : std::nullopt;
+        settings.push_back({std::string(text), kv});
     }
     return settings;
 }
@@ -155,13 +163,13 @@ Footprint footprint(const CachePlan& plan, const KvChoice& kv) {
     for (const CacheLayer& layer : plan.layers) {
         const double rows = static_cast<double>(layer.cells) * layer.kv_heads;
         values += rows * (layer.key_size + layer.value_size);
-        if (kv.turboquant()) {
+        if (kv.turboquant() && !kv.emulate_q4_0) {
             const LayerBits width = kv.bits_of(layer.index);
             bits += rows * layer.key_size * coded_bits(width.key, layer.key_size);
             bits += layer.value_size == 0 ? 0 : rows * layer.value_size * coded_bits(width.value, layer.value_size);
         }
     }
-    if (!kv.turboquant()) {
+    if (!kv.turboquant() || kv.emulate_q4_0) {
         bits = 8.0 * static_cast<double>(bytes) / plan.f16_scale;
     }
     result.bits_per_value = values > 0 ? bits / values : 0;
@@ -195,8 +203,8 @@ std::vector<int64_t> scored_positions(int64_t context, int64_t stride) {
 
 Chunks make_chunks(const Model& model, std::string_view text, int64_t context, int64_t chunks, int64_t stride) {
     if (context < kLeastContext) {
-        throw UsageError(fmt::format("--ctx {}: chunks have at least {} tokens; use 2048, for example", context,
-                                     kLeastContext));
+        throw UsageError(
+            fmt::format("--ctx {}: chunks have at least {} tokens; use 2048, for example", context, kLeastContext));
     }
     const std::vector<Token> tokens = model.tokenize(text, false, false);
     Chunks result;

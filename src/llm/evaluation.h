@@ -25,7 +25,8 @@ struct Setting {
     KvChoice kv;
 };
 
-// "tq4,5/4:w0:s4,q8_0": each as --kv takes it, with its own window (:w) and sinks (:s) after it. `window` and `sinks`
+// "tq4,5/4:w0:s4,q8_0": each as --kv takes it, with its own window (:w), sinks (:s) and source of the keys' conditioning
+// (:self, :off; else a profile) after it. `window` and `sinks`
 // count for all TurboQuant settings without their own. UsageError names the part that is wrong.
 std::vector<Setting> parse_settings(std::string_view list, std::optional<int> window, std::optional<int> sinks);
 
@@ -67,8 +68,8 @@ struct BaseRow {
 };
 
 struct Score {
-    double kld = 0;      // KL(base || test) in nats
-    double nll = 0;      // -log p(next token)
+    double kld = 0; // KL(base || test) in nats
+    double nll = 0; // -log p(next token)
     double nll_base = 0;
     bool top1 = false; // both find the same token the likeliest
 };

@@ -27,6 +27,7 @@ constexpr std::array<Preset, 4> kPresets = {{
 }};
 constexpr const char* kDefaultPreset = "tq4";
 constexpr const char* kAutomatic = "auto";
+constexpr const char* kEmulated = "q4_0-emulated";
 constexpr std::array<const char*, 5> kHostTypes = {"f16", "q8_0", "q5_1", "q5_0", "q4_0"};
 constexpr std::array<int, 7> kBits = {2, 3, 4, 5, 6, 8, 16};
 constexpr int kMaxExactRows = 1 << 20;
@@ -74,7 +75,7 @@ LayerBits KvChoice::bits_of(int layer) const {
 }
 
 std::string KvChoice::bits() const {
-    return automatic ? kAutomatic : fmt::format("{}/{}", key_bits, value_bits);
+    return automatic ? kAutomatic : emulate_q4_0 ? kEmulated : fmt::format("{}/{}", key_bits, value_bits);
 }
 
 std::string KvChoice::describe() const {
@@ -107,6 +108,12 @@ KvChoice parse_kv(std::string_view text) {
         choice.automatic = true;
         return choice;
     }
+    if (text == kEmulated) {
+        choice.emulate_q4_0 = true;
+        choice.key_bits = 16;
+        choice.value_bits = 16;
+        return choice;
+    }
     if (const size_t slash = text.find('/'); slash != std::string_view::npos) {
         const std::optional<int> k = to_int(text.substr(0, slash));
         const std::optional<int> v = to_int(text.substr(slash + 1));
@@ -117,9 +124,10 @@ KvChoice parse_kv(std::string_view text) {
         }
         throw UsageError(fmt::format("--kv {}: key/value bits are 2, 3, 4, 5, 6 or 8 each, as in 4/4 or 5/4", text));
     }
-    throw UsageError(fmt::format("--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4), auto or a host "
-                                 "type (f16 q8_0 q5_1 q5_0 q4_0)",
-                                 text.empty() ? "''" : text));
+    throw UsageError(
+        fmt::format("--kv {}: unknown; use a preset (tq6 tq5 tq4 tq3), bits K/V (4/4, 5/4), auto or a host "
+                    "type (f16 q8_0 q5_1 q5_0 q4_0)",
+                    text.empty() ? "''" : text));
 }
 
 KvChoice resolve_kv(const KvFlags& flags) {
@@ -142,6 +150,9 @@ KvChoice resolve_kv(const KvFlags& flags) {
                                          choice.host_type));
         }
         return choice;
+    }
+    if (choice.emulate_q4_0 && bits_given) {
+        throw UsageError("--kv q4_0-emulated: the format has its bits; leave out --key-bits and --value-bits");
     }
     if (choice.automatic && bits_given) {
         throw UsageError("--kv auto: the profile has each layer's bits; leave out --key-bits and --value-bits");

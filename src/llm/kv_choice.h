@@ -3,6 +3,7 @@
 //   preset       tq6 tq5 tq4 tq3, `default` (tq4)
 //   K/V          bits for keys and values, 2 3 4 5 6 8 each; 16 is pass-through (fp16 rows in the plug-in, no codec)
 //   auto         bits of each layer's keys and values as the model's profile has them (tq tune --budget)
+//   q4_0-emulated  llama.cpp's q4_0 format with our conditioning and exact rows: for comparisons, in fp16's memory
 //   host type    f16 q8_0 q5_1 q5_0 q4_0: llama.cpp's own cache, without the plug-in
 #pragma once
 
@@ -29,12 +30,17 @@ struct KvChoice {
     // Path of the profile that the plug-in conditions keys with; empty: from the cache's own first rows. Whoever makes a
     // session sets it (profile_cache.h).
     std::string profile;
+    // Given: no profile; keys are conditioned from the first rows, or not at all. Absent: as profile and environment say.
+    std::optional<bool> calibrate;
+    bool emulate_q4_0 = false; // `q4_0-emulated`: llama.cpp's format within our conditioning, for comparisons
     bool automatic = false; // `auto`: layer_bits, once the profile has been read, in place of key_bits and value_bits
     std::map<int, LayerBits> layer_bits;
     double mean_bits = 0; // a value, of layer_bits
 
     bool turboquant() const { return host_type.empty(); }
-    bool pass_through() const { return turboquant() && !automatic && key_bits == 16 && value_bits == 16; }
+    bool pass_through() const {
+        return turboquant() && !automatic && !emulate_q4_0 && key_bits == 16 && value_bits == 16;
+    }
     LayerBits bits_of(int layer) const;
     // What goes into TURBOQUANT_KV: "4/4", "auto".
     std::string bits() const;

@@ -94,11 +94,16 @@ int64_t kv_bytes(const CachePlan& plan, const KvChoice& choice) {
                 total += row_bytes(choice.host_type, size * layer.kv_heads) * static_cast<double>(layer.cells);
                 continue;
             }
+            const StoreShape shape = {side, size, layer.kv_heads, layer.cells};
+            if (choice.emulate_q4_0) { // what the format would take
+                total += row_bytes("q4_0", size * layer.kv_heads) * static_cast<double>(layer.cells) +
+                         2.0 * (choice.window + choice.sinks) * shape.row_elements();
+                continue;
+            }
             const LayerBits bits = choice.bits_of(layer.index);
             size_t bytes = 0;
             const Status status =
-                Store::bytes({side, size, layer.kv_heads, layer.cells},
-                             {side == Side::key ? bits.key : bits.value, choice.window, choice.sinks}, bytes);
+                Store::bytes(shape, {side == Side::key ? bits.key : bits.value, choice.window, choice.sinks}, bytes);
             if (!status.ok()) {
                 throw Error(fmt::format("{}: {}", choice.name, status.message()));
             }

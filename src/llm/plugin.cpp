@@ -65,6 +65,14 @@ void configure_plugin(const KvChoice& choice, const std::string& head_size) {
     } else {
         ::setenv("TURBOQUANT_PROFILE", choice.profile.c_str(), 1);
     }
+    static const char* const calibrate =
+        std::getenv("TURBOQUANT_CALIBRATE"); // the user's, for choices that say nothing
+    static const std::string users = calibrate == nullptr ? "" : calibrate;
+    if (choice.calibrate || !users.empty()) {
+        ::setenv("TURBOQUANT_CALIBRATE", choice.calibrate ? (*choice.calibrate ? "on" : "off") : users.c_str(), 1);
+    } else {
+        ::unsetenv("TURBOQUANT_CALIBRATE");
+    }
     if (head_size.empty()) {
         ::unsetenv("TURBOQUANT_HEAD_SIZE");
     } else {

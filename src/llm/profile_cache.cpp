@@ -110,7 +110,7 @@ bool find_profile(const std::string& model_path, const ProfileFlags& flags, cons
     if (!kv.turboquant() || kv.pass_through() || plan.layers.empty()) {
         return true;
     }
-    if (flags.off) {
+    if (flags.off || kv.calibrate) {
         if (kv.automatic) {
             throw UsageError("--kv auto: takes its bits from a profile; leave out --no-profile or choose a preset");
         }
