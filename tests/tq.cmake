@@ -3,6 +3,7 @@
 
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
 tq_add_test(tq_bits_test SOURCES tq_bits_test.cpp LIBS tq_base LABELS tq)
+tq_add_test(tq_eval_test SOURCES tq_eval_test.cpp LIBS tq_llm LABELS tq)
 
 find_package(Python3 COMPONENTS Interpreter)
 if(NOT Python3_FOUND)
@@ -27,4 +28,11 @@ foreach(group IN ITEMS Tune Profile Budget)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_tune_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
+endforeach()
+
+# tq eval; also of plot-kld.
+foreach(group IN ITEMS Kld Ppl Niah EvalErrors)
+    add_test(NAME tq_${group}
+             COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_eval_test.py $<TARGET_FILE:tq> ${group})
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
 endforeach()
