@@ -39,6 +39,10 @@ TEST(KvChoice, PresetsAreThoseOfTheDesign) {
     EXPECT_EQ(parse_kv("tq4").describe(), "tq4 (4/4 bits, window 32, sinks 4)");
     EXPECT_EQ(parse_kv("tq3").describe(), "tq3 (3/3 bits, window 128, sinks 4)");
     EXPECT_EQ(parse_kv("default").name, "tq4");
+    for (const char* bits : {"3", "4", "5", "6"}) { // presets as plain numbers
+        EXPECT_EQ(parse_kv(bits).name, std::string("tq") + bits);
+        EXPECT_EQ(parse_kv(bits).describe(), parse_kv(std::string("tq") + bits).describe());
+    }
     EXPECT_EQ(parse_kv("q4_0-emulated").bits(), "q4_0-emulated");
     EXPECT_FALSE(parse_kv("q4_0-emulated").pass_through());
     EXPECT_EQ(resolve_kv({}).name, "tq4");
@@ -51,7 +55,8 @@ TEST(KvChoice, BitsForKeysAndValues) {
     EXPECT_EQ(choice.value_bits, 2);
     EXPECT_EQ(choice.bits(), "8/2");
     EXPECT_EQ(parse_kv("16/16").bits(), "16/16");
-    for (const char* bad : {"7/4", "4/1", "4", "4/", "/4", "4/4/4", "4 /4", "-4/4", "4/4x", "44/4", "99999999999/4"}) {
+    for (const char* bad :
+         {"7/4", "4/1", "2", "8", "44", "4/", "/4", "4/4/4", "4 /4", "-4/4", "4/4x", "44/4", "99999999999/4"}) {
         EXPECT_THROW(parse_kv(bad), UsageError) << bad;
     }
 }

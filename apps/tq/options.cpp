@@ -72,8 +72,11 @@ void add_model_flags(CLI::App& command, ModelFlags& flags) {
     command
         .add_option(
             "--kv", flags.kv.kv,
-            "KV cache: tq6 tq5 tq4 tq3, bits K/V such as 5/4, auto (each layer's from the profile), or f16 q8_0 "
-            "q5_1 q5_0 q4_0 (default tq4)")
+            "KV cache: tq6 (keys 6, values 5 bits) tq5 (5/4) tq4 (4/4) tq3 (3/3), or 6 5 4 3; bits K/V such as 8/4; "
+            "auto "
+            "(each layer's from the profile); f16 q8_0 q5_1 q5_0 q4_0 (default tq4). At head size 128 a value takes "
+            "5.63, 4.63, 4.13 and 3.13 bits, scales included, f16's 16; tq info has the bytes of a model. tq3 "
+            "loses details far back")
         ->type_name("CACHE");
     command.add_option("--key-bits", flags.kv.key_bits, "bits of keys: 2 3 4 5 6 8")->type_name("N");
     command.add_option("--value-bits", flags.kv.value_bits, "bits of values: 2 3 4 5 6 8")->type_name("N");

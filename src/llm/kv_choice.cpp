@@ -48,7 +48,7 @@ std::optional<int> to_int(std::string_view text) {
 const Preset* find_preset(std::string_view name) {
     const std::string_view wanted = name == "default" ? std::string_view(kDefaultPreset) : name;
     for (const Preset& preset : kPresets) {
-        if (wanted == preset.name) {
+        if (wanted == preset.name || wanted == std::string_view(preset.name).substr(2)) { // "tq4" or "4"
             return &preset;
         }
     }

@@ -1,6 +1,6 @@
 // Which KV cache the user wants: the grammar of --kv and what the other cache flags change about it.
 //
-//   preset       tq6 tq5 tq4 tq3, `default` (tq4)
+//   preset       tq6 tq5 tq4 tq3 or plainly 6 5 4 3, `default` (tq4)
 //   K/V          bits for keys and values, 2 3 4 5 6 8 each; 16 is pass-through (fp16 rows in the plug-in, no codec)
 //   auto         bits of each layer's keys and values as the model's profile has them (tq tune --budget)
 //   q4_0-emulated  llama.cpp's q4_0 format with our conditioning and exact rows: for comparisons, in fp16's memory
