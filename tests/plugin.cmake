@@ -62,7 +62,8 @@ target_link_libraries(plugin_child PRIVATE plugin_host tq_warnings)
 add_dependencies(plugin_child ggml-turboquant)
 
 foreach(suite IN ITEMS models sequences state refusal fidelity recall profile calibration)
-    tq_add_test(plugin_${suite}_test SOURCES plugin_${suite}_test.cpp LIBS plugin_host LABELS plugin)
+    # Seconds of work with real models, minutes beside other work: two spinning threads, starved.
+    tq_add_test(plugin_${suite}_test SOURCES plugin_${suite}_test.cpp LIBS plugin_host LABELS plugin TIMEOUT 300)
     add_dependencies(plugin_${suite}_test ggml-turboquant plugin_child)
 endforeach()
 tq_add_test(plugin_memory_test SOURCES plugin_memory_test.cpp LIBS plugin_host LABELS plugin SERIAL)
