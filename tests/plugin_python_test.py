@@ -97,6 +97,17 @@ class Enabled(unittest.TestCase):
         self.assertFalse(turboquant_cpp.status().enabled)
         self.assertNotIn("TURBOQUANT_KV", os.environ)
 
+    def test_conditioning(self) -> None:
+        status = turboquant_cpp.enable(profile=__file__, calibrate=False)
+        self.assertEqual(status.settings["TURBOQUANT_PROFILE"], __file__)
+        self.assertEqual(status.settings["TURBOQUANT_CALIBRATE"], "off")
+        with self.assertRaises(ValueError):  # llama-cpp-python's way of saying that the context could not be made
+            make()
+        self.assertIn(__file__, "".join(LOG))  # no profile
+        turboquant_cpp.enable()
+        self.assertNotIn("TURBOQUANT_PROFILE", os.environ)
+        make().close()
+
     def test_disable_gives_the_stock_cache_back(self) -> None:
         llm = make()
         stock, answer = cache_mib(), ask(llm, "Name three colours.")
@@ -125,7 +136,7 @@ class Enabled(unittest.TestCase):
 
     def test_wrong_settings(self) -> None:
         for arguments in ({"key_bits": 7}, {"value_bits": 0}, {"key_bits": "4"}, {"preset": "tq9"}, {"window": -1}, {"sinks": 1.5},
-                          {"preset": "tq4", "key_bits": 5}):
+                          {"preset": "tq4", "key_bits": 5}, {"profile": "/nonexistent/model.tqp"}):
             with self.assertRaises(ValueError, msg=str(arguments)):
                 turboquant_cpp.enable(**arguments)  # type: ignore[arg-type]
         self.assertFalse(turboquant_cpp.status().enabled)

@@ -14,7 +14,7 @@ from ._plugin import DEVICE, Ggml, PluginError, plugin_path
 
 PRESETS = ("tq3", "tq4", "tq5", "tq6")
 BITS = (2, 3, 4, 5, 6, 8, 16)
-_VARIABLES = ("TURBOQUANT_KV", "TURBOQUANT_WINDOW", "TURBOQUANT_SINKS")
+_VARIABLES = ("TURBOQUANT_KV", "TURBOQUANT_WINDOW", "TURBOQUANT_SINKS", "TURBOQUANT_PROFILE", "TURBOQUANT_CALIBRATE")
 _F16 = 1  # enum ggml_type
 
 
@@ -39,7 +39,7 @@ class _State:
 
 
 def enable(key_bits: int = 4, value_bits: int = 4, *, preset: Optional[str] = None, window: Optional[int] = None,
-           sinks: Optional[int] = None) -> Status:
+           sinks: Optional[int] = None, profile: Optional[str | os.PathLike[str]] = None, calibrate: bool = True) -> Status:
     """Every `llama_cpp.Llama` created from now on gets a compressed KV cache.
 
     Args:
@@ -47,6 +47,8 @@ def enable(key_bits: int = 4, value_bits: int = 4, *, preset: Optional[str] = No
         preset: "tq3", "tq4", "tq5" or "tq6" in place of the bits.
         window: latest rows of each sequence kept exact; None: the plug-in's own choice.
         sinks: first rows of each sequence kept exact; None: the plug-in's own choice.
+        profile: file made by `tq tune` for this model: what its keys are conditioned with. None: from the first rows.
+        calibrate: without a profile, whether to condition keys from the first rows at all.
 
     `Llama` then defaults to n_gpu_layers=-1, flash_attn=True and offload_kqv=True, which the plug-in needs; arguments
     that contradict them raise ValueError instead of leaving the cache uncompressed. Calling it again changes the
@@ -56,7 +58,7 @@ def enable(key_bits: int = 4, value_bits: int = 4, *, preset: Optional[str] = No
         ValueError: a setting is out of range.
         PluginError: the plug-in is missing or does not fit this llama-cpp-python.
     """
-    settings = _settings(key_bits, value_bits, preset, window, sinks)
+    settings = _settings(key_bits, value_bits, preset, window, sinks, profile, calibrate)
     path = _State.path or plugin_path()
     ggml = _State.ggml or Ggml()
     _State.device = ggml.load_plugin(path)
@@ -96,7 +98,8 @@ def status() -> Status:
                   settings=settings)
 
 
-def _settings(key_bits: int, value_bits: int, preset: Optional[str], window: Optional[int], sinks: Optional[int]) -> dict[str, str]:
+def _settings(key_bits: int, value_bits: int, preset: Optional[str], window: Optional[int], sinks: Optional[int],
+              profile: Optional[str | os.PathLike[str]], calibrate: bool) -> dict[str, str]:
     settings = {}
     if preset is not None:
         if preset not in PRESETS:
@@ -115,6 +118,12 @@ def _settings(key_bits: int, value_bits: int, preset: Optional[str], window: Opt
         if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= most:
             raise ValueError(f"{name}={rows!r}: use a whole number from 0 to {most}")
         settings[f"TURBOQUANT_{name.upper()}"] = str(rows)
+    if profile is not None:
+        if not Path(profile).is_file():
+            raise ValueError(f"profile={os.fspath(profile)!r}: no such file; make it with `tq tune`")
+        settings["TURBOQUANT_PROFILE"] = os.fspath(profile)
+    if not calibrate:
+        settings["TURBOQUANT_CALIBRATE"] = "off"
     return settings
 
 
