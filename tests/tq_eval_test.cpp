@@ -311,6 +311,7 @@ TEST_F(EvalBase, DamageIsSeen) {
     }
     write("a key");
     EXPECT_EQ(open("my key", damaged), nullptr);
+    EXPECT_EQ(open("a ke", damaged), nullptr);
     EXPECT_EQ(open("another key", damaged), nullptr);
     EXPECT_NE(open("a key", damaged), nullptr);
 }
