@@ -78,8 +78,10 @@ TEST_P(TinyModel, BitsOrderTheError) {
     const Logits reference = run(stock.get(), {}, 0);
     double last = 0;
     for (const char* kv : {"8/8", "6/6", "4/4", "2/2"}) {
-        const Difference whole = against(run(plugin.get(), {kv}, 0), reference);
-        const Difference single = against(run(plugin.get(), {kv}, 1), reference);
+        // Until a cache has calibrated its rows are exact, and when that is depends on how the prompt is cut.
+        const Cache cache{.kv = kv, .calibrate = false};
+        const Difference whole = against(run(plugin.get(), cache, 0), reference);
+        const Difference single = against(run(plugin.get(), cache, 1), reference);
         std::printf("%s %s: relative error %.4f in one batch, %.4f token by token\n", GetParam().name, kv,
                     whole.relative, single.relative);
         if (!GetParam().has_cache) {
@@ -115,9 +117,9 @@ TEST_P(TinyModel, WindowFollowsTheQuery) {
     if (!GetParam().has_cache) {
         GTEST_SKIP() << "no KV cache";
     }
-    const Cache cache{"3/3", 16, 4};
+    const Cache cache{.kv = "3/3", .window = 16, .sinks = 4, .calibrate = false};
     const Logits single = run(plugin.get(), cache, 1);
-    const Difference none = against(run(plugin.get(), {"3/3"}, 1), single);
+    const Difference none = against(run(plugin.get(), {.kv = "3/3", .calibrate = false}, 1), single);
     for (const int chunk : {0, 37, 5}) {
         const Difference d = against(run(plugin.get(), cache, chunk), single);
         std::printf("%s chunk %d: %.2e (without window and sinks: %.2e)\n", GetParam().name, chunk, d.relative,
