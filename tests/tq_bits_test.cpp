@@ -6,6 +6,7 @@
 #include <turboquant/codec.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 
 #include <gtest/gtest.h>
@@ -36,14 +37,14 @@ double best_cost(const std::vector<SideCost>& sides, double budget, std::vector<
 }
 
 TEST(Allocation, EqualSidesGetEqualBits) {
-    const std::vector<SideCost> sides(10, {128, .01, 3});
+    const std::vector<SideCost> sides(10, {128, .01, 3, 0});
     for (const int bits : {2, 3, 4, 5, 6, 8}) {
         EXPECT_EQ(allocate_bits(sides, bits, 2), std::vector<int>(10, bits)) << bits;
     }
 }
 
 TEST(Allocation, CostlySidesGetMoreBitsAndTheBudgetIsMet) {
-    const std::vector<SideCost> sides = {{128, .1, 3}, {128, .001, 3}, {128, .01, 3}, {128, 0, 3}};
+    const std::vector<SideCost> sides = {{128, .1, 3, 0}, {128, .001, 3, 0}, {128, .01, 3, 0}, {128, 0, 3, 0}};
     const std::vector<int> widths = allocate_bits(sides, 4, 2);
     EXPECT_GT(widths[0], widths[2]);
     EXPECT_GT(widths[2], widths[1]);
@@ -60,7 +61,7 @@ TEST(Allocation, NearTheBestOfAllForRandomCosts) {
     for (int round = 0; round < 60; ++round) {
         std::vector<SideCost> sides;
         for (int i = 0; i < 5; ++i) {
-            sides.push_back({round % 2 == 0 ? 128 : 64 << (random() % 3), kld(random), 3});
+            sides.push_back({round % 2 == 0 ? 128 : 64 << (random() % 3), kld(random), 3, 0});
         }
         const double budget = std::uniform_real_distribution<double>(2, 8)(random);
         const std::vector<int> widths = allocate_bits(sides, budget, 2);
@@ -103,13 +104,52 @@ TEST(Allocation, CodebookErrorsAreThoseOfTheCodec) {
 }
 
 TEST(Allocation, CostsFollowTheCodebooksError) {
-    const SideCost side{64, .02, 3};
+    const SideCost side{64, .02, 3, 0};
     EXPECT_EQ(cost_at(side, 3), .02);
     EXPECT_NEAR(cost_at(side, 4) / cost_at(side, 2), codebook_error(4) / codebook_error(2), 1e-12);
     for (size_t i = 1; i < kWidths.size(); ++i) {
         EXPECT_LT(cost_at(side, kWidths[i]), cost_at(side, kWidths[i - 1]));
     }
     EXPECT_EQ(cost_at(side, 16), 0);
+}
+
+TEST(Shrinking, TakesAwayWhatIsNoise) {
+    std::mt19937 random(3);
+    std::normal_distribution<double> normal;
+    const auto draw = [&](double spread, double noise) {
+        std::vector<double> truth;
+        std::vector<SideCost> sides;
+        for (int i = 0; i < 400; ++i) {
+            truth.push_back(-6 + spread * normal(random));
+            const double kld = std::exp(truth.back() + noise * normal(random));
+            sides.push_back({64, kld, 3, noise * kld});
+        }
+        std::vector<SideCost> shrunk = sides;
+        std::vector<SideCost*> all;
+        for (SideCost& side : shrunk) {
+            all.push_back(&side);
+        }
+        shrink_costs(all);
+        double before = 0;
+        double after = 0;
+        for (size_t i = 0; i < truth.size(); ++i) {
+            before += std::pow(std::log(sides[i].kld) - truth[i], 2);
+            after += std::pow(std::log(shrunk[i].kld) - truth[i], 2);
+        }
+        return after / before;
+    };
+    // The best that can be done leaves spread^2 / (spread^2 + noise^2) of the error.
+    EXPECT_NEAR(draw(.3, .3), .5, .08);
+    EXPECT_NEAR(draw(1, .1), .99, .02);
+    EXPECT_LT(draw(0, .3), .06);
+    SideCost dead{64, 0, 3, 0};
+    SideCost one{64, .1, 3, .1};
+    SideCost two{64, .2, 3, 0};
+    SideCost three{64, .4, 3, 0};
+    shrink_costs({&dead, &one, &two, &three});
+    EXPECT_EQ(dead.kld, 0);
+    EXPECT_DOUBLE_EQ(two.kld, .2) << "no noise, nothing to take away";
+    EXPECT_GE(one.kld, .1);
 }
 
 TEST(Automatic, TakesItsBitsFromTheProfile) {

@@ -109,6 +109,7 @@ class Tune(Case):
         self.fails(1, program.WORK, "tune", model, "--file", program.WORK)
         self.fails(1, "/no/such/folder/x.tqp", "tune", model, "--output", "/no/such/folder/x.tqp")
         self.fails(1, "no such model file", "tune", "/no/such.gguf")
+        self.fails(1, ["mamba.gguf", "no KV cache"], "tune", tiny("mamba"))
         for flag, value in [("--tokens", "5"), ("--tokens", "x"), ("--budget", "1.9"), ("--budget", "8.1"), ("--budget", "nan"),
                             ("--threads", "-1")]:
             self.fails(2, flag, "tune", model, flag, value)

@@ -72,7 +72,18 @@ nlohmann::json as_json(const std::string& path, const llm::Tuned& tuned, const s
         root["bits"] = tuned.profile.bits;
         root["positions"] = search->positions;
         for (const llm::BitCandidate& candidate : search->measured) {
-            root["measured"].push_back({{"kv", candidate.name}, {"bits", candidate.bits}, {"kld_mean", candidate.kld}});
+            root["measured"].push_back({{"kv", candidate.name},
+                                        {"bits", candidate.bits},
+                                        {"kld_mean", candidate.kld},
+                                        {"kld_predicted", candidate.predicted}});
+        }
+        for (const llm::SideDivergence& side : search->sides) {
+            root["sides"].push_back({{"layer", side.layer},
+                                     {"side", side.value ? "values" : "keys"},
+                                     {"bits", side.bits},
+                                     {"kld_mean", side.kld},
+                                     {"kld_se", side.error},
+                                     {"floor", side.floor}});
         }
     }
     return root;

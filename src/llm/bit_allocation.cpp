@@ -1,6 +1,7 @@
 #include "llm/bit_allocation.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace turboquant::llm {
 
@@ -18,6 +19,31 @@ double codebook_error(int bits) {
 
 double cost_at(const SideCost& side, int bits) {
     return side.kld * codebook_error(bits) / codebook_error(side.bits);
+}
+
+void shrink_costs(std::vector<SideCost*> sides) {
+    sides.erase(std::remove_if(sides.begin(), sides.end(), [](const SideCost* side) { return !(side->kld > 0); }),
+                sides.end());
+    const auto n = static_cast<double>(sides.size());
+    if (n < 3) {
+        return; // no spread to speak of
+    }
+    double mean = 0;
+    double noise = 0;
+    for (const SideCost* side : sides) {
+        mean += std::log(side->kld) / n;
+        noise += std::pow(side->error / side->kld, 2) / n;
+    }
+    double spread = 0;
+    for (const SideCost* side : sides) {
+        spread += std::pow(std::log(side->kld) - mean, 2) / (n - 1);
+    }
+    const double real = std::max(0.0, spread - noise);
+    for (SideCost* side : sides) {
+        const double own = std::pow(side->error / side->kld, 2);
+        const double weight = real + own > 0 ? real / (real + own) : 1;
+        side->kld = std::exp(mean + weight * (std::log(side->kld) - mean));
+    }
 }
 
 double mean_bits(const std::vector<SideCost>& sides, const std::vector<int>& widths) {

@@ -17,9 +17,15 @@
 namespace turboquant::llm {
 namespace {
 
-// At 3 bits a side's error is still small enough to grow as the squared error, and large enough to be seen.
-constexpr int kProbeBits = 3;
+// The widest errors stand out best from the floor.
+constexpr int kProbeBits = 2;
+// Where weights are quantised, activations are rounded on their way, and the slightest change moves some of them: whatever
+// touches a layer costs as much as a width that does no harm of its own, here 8 bits. That floor belongs to no side. It
+// depends on how many layers follow, smoothly, so a few layers tell it.
+constexpr int kHarmlessBits = 8;
+constexpr size_t kFloorLayers = 5;
 constexpr int kExactBits = 16;
+constexpr int kCautiousBits = 3;
 constexpr int64_t kProbeContext = 384; // read twice for every layer, so it must be short
 constexpr int64_t kProbeChunks = 1;
 constexpr int64_t kFinalContext = 512;
@@ -67,8 +73,12 @@ public:
         });
     }
 
-    // Mean divergence with the bits of this profile.
-    double kld(Profile profile, const Progress& progress) const {
+    struct Mean {
+        double kld = 0;
+        double error = 0; // standard
+    };
+    // Divergence with the bits of this profile.
+    Mean kld(Profile profile, const Progress& progress) const {
         profile.bits = 1; // says only that there are some
         const TemporaryProfile file;
         if (const Status status = write_profile(file.path(), profile); !status.ok()) {
@@ -82,7 +92,8 @@ public:
         read(kv, progress, [&](size_t chunk, size_t index, Token next, const float* logits) {
             klds[chunk * scored + index] = compare(base_[chunk * scored + index], logits, vocabulary_, next).kld;
         });
-        return std::accumulate(klds.begin(), klds.end(), 0.0) / static_cast<double>(klds.size());
+        return {std::accumulate(klds.begin(), klds.end(), 0.0) / static_cast<double>(klds.size()),
+                standard_error(klds)};
     }
 
 private:
@@ -162,6 +173,27 @@ double predicted(const std::vector<SideCost>& costs, const std::vector<int>& wid
     return sum;
 }
 
+// At most n of 0..size-1, evenly spaced, both ends among them.
+std::vector<size_t> spread(size_t size, size_t n) {
+    std::vector<size_t> chosen;
+    n = std::min(n, size);
+    for (size_t i = 0; i < n; ++i) {
+        chosen.push_back(n == 1 ? 0 : i * (size - 1) / (n - 1));
+    }
+    return chosen;
+}
+
+// Linear between neighbours. at: ascending.
+Yardstick::Mean between(const std::vector<size_t>& at, const std::vector<Yardstick::Mean>& values, size_t wanted) {
+    const auto next = static_cast<size_t>(std::lower_bound(at.begin(), at.end(), wanted) - at.begin());
+    if (at[next] == wanted) {
+        return values[next];
+    }
+    const double share = static_cast<double>(wanted - at[next - 1]) / static_cast<double>(at[next] - at[next - 1]);
+    return {std::lerp(values[next - 1].kld, values[next].kld, share),
+            std::lerp(values[next - 1].error, values[next].error, share)};
+}
+
 struct Plan {
     std::string name;
     std::vector<int> widths;
@@ -189,8 +221,8 @@ std::vector<Plan> make_plans(const std::vector<Side>& sides, const std::vector<S
         }
     }
     std::vector<Plan> plans = {equal, pair, {"mix", allocate_bits(costs, budget, kWidths.front())}};
-    if (budget >= kProbeBits) { // 2 bits in many places may come to more than their sum
-        plans.push_back({"mix, 3 or more", allocate_bits(costs, budget, kProbeBits)});
+    if (budget >= kCautiousBits) { // 2 bits in many places may come to more than their sum
+        plans.push_back({"mix, 3 or more", allocate_bits(costs, budget, kCautiousBits)});
     }
     std::vector<Plan> distinct;
     for (Plan& plan : plans) {
@@ -222,36 +254,59 @@ BitSearch search_bits(const Model& model, const ModelPlan& plan, std::string_vie
             return l.index == profile.layers[i].layer; // is there: load_profile has compared them
         });
         sides.push_back({i, false});
-        costs.push_back({int64_t{layer.key_size} * layer.kv_heads, 0, kProbeBits});
+        costs.push_back({int64_t{layer.key_size} * layer.kv_heads, 0, kProbeBits, 0});
         if (layer.value_size > 0) {
             sides.push_back({i, true});
-            costs.push_back({int64_t{layer.value_size} * layer.kv_heads, 0, kProbeBits});
+            costs.push_back({int64_t{layer.value_size} * layer.kv_heads, 0, kProbeBits, 0});
         }
     }
 
     auto probe = std::make_unique<Yardstick>(model, plan, tokens, kProbeContext, kProbeChunks, options);
     Yardstick final(model, plan, tokens, kFinalContext, kFinalChunks, options);
     constexpr int64_t kMostPlans = 4;
-    Steps steps(options.progress,
-                probe->tokens() * static_cast<int64_t>(1 + sides.size()) + final.tokens() * (1 + kMostPlans));
+    const std::vector<size_t> floor_layers = spread(profile.layers.size(), kFloorLayers);
+    Steps steps(options.progress, probe->tokens() * static_cast<int64_t>(1 + floor_layers.size() + sides.size()) +
+                                      final.tokens() * (1 + kMostPlans));
     probe->read_base(steps.next(probe->tokens()));
     Profile trial = profile;
-    for (size_t i = 0; i < sides.size(); ++i) {
+    const auto alone = [&](size_t side, int bits) {
         std::vector<int> widths(sides.size(), kExactBits);
-        widths[i] = kProbeBits;
+        widths[side] = bits;
         set_bits(trial, layer_bits(sides, widths, profile.layers.size()));
-        costs[i].kld = probe->kld(trial, steps.next(probe->tokens()));
+        return probe->kld(trial, steps.next(probe->tokens()));
+    };
+    std::vector<Yardstick::Mean> floors;
+    for (const size_t layer : floor_layers) {
+        const auto keys = std::find_if(sides.begin(), sides.end(), [&](const Side& s) { return s.layer == layer; });
+        floors.push_back(alone(static_cast<size_t>(keys - sides.begin()), kHarmlessBits));
+    }
+    BitSearch result;
+    for (size_t i = 0; i < sides.size(); ++i) {
+        const Yardstick::Mean measured = alone(i, kProbeBits);
+        const Yardstick::Mean floor = between(floor_layers, floors, sides[i].layer);
+        costs[i].error = std::hypot(measured.error, floor.error);
+        costs[i].kld = std::max(measured.kld - floor.kld, costs[i].error / 2); // a cost below nothing is noise
+        result.sides.push_back({profile.layers[sides[i].layer].layer, sides[i].value, kProbeBits, measured.kld,
+                                measured.error, floor.kld});
     }
     probe.reset(); // its base takes memory
 
-    BitSearch result;
+    for (const bool value : {false, true}) {
+        std::vector<SideCost*> kind;
+        for (size_t i = 0; i < sides.size(); ++i) {
+            if (sides[i].value == value) {
+                kind.push_back(&costs[i]);
+            }
+        }
+        shrink_costs(kind);
+    }
     result.positions = final.positions();
     final.read_base(steps.next(final.tokens()));
     for (const Plan& p : make_plans(sides, costs, options.budget)) {
         const std::vector<LayerBits> bits = layer_bits(sides, p.widths, profile.layers.size());
         set_bits(trial, bits);
-        result.measured.push_back(
-            {p.name, mean_bits(costs, p.widths), final.kld(trial, steps.next(final.tokens())), bits});
+        result.measured.push_back({p.name, mean_bits(costs, p.widths), final.kld(trial, steps.next(final.tokens())).kld,
+                                   predicted(costs, p.widths), bits});
     }
     std::stable_sort(result.measured.begin(), result.measured.end(),
                      [](const BitCandidate& a, const BitCandidate& b) { return a.kld < b.kld; });

@@ -26,10 +26,22 @@ struct BitCandidate {
     std::string name; // "mix", "4/4"
     double bits = 0;
     double kld = 0;
+    double predicted = 0; // the sum of what the sides cost alone, without the floor
     std::vector<LayerBits> layers; // as the profile's
 };
 
+// What one side of one layer alone costs.
+struct SideDivergence {
+    int layer = 0;
+    bool value = false; // or its keys
+    int bits = 0;
+    double kld = 0;
+    double error = 0; // standard error
+    double floor = 0; // of kld: what the slightest change in this layer costs
+};
+
 struct BitSearch {
+    std::vector<SideDivergence> sides;
     std::vector<BitCandidate> measured; // of the final comparison, best first
     int64_t positions = 0;              // that it scored
 };

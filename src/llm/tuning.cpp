@@ -100,13 +100,17 @@ Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, con
     const auto length = static_cast<int64_t>(chunks.front().size());
     const int64_t total = length * static_cast<int64_t>(chunks.size());
     const int64_t step = options.hurry ? kHurriedStep : kBatch;
+    const CachePlan cache = plan.plan(length);
+    if (cache.layers.empty()) {
+        throw Error(fmt::format("{}: has no KV cache, so there is nothing to tune", model.path()));
+    }
     const Clock::time_point start = Clock::now();
     const TemporaryProfile file;
     Tuned result;
     Tuner tuner;
     SessionOptions session_options;
     session_options.kv = parse_kv("16/16");
-    session_options.plan = plan.plan(length);
+    session_options.plan = cache;
     session_options.threads = options.threads;
     session_options.interrupt = options.interrupt;
     Session session(model, session_options);
@@ -123,7 +127,7 @@ Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, con
     }
     result.seconds = seconds_since(start);
     tuner.write(file.path(), model.identity(), fmt::format("{}, {} tokens", options.text_name, result.tokens));
-    result.profile = load_profile(file.path(), session_options.plan);
+    result.profile = load_profile(file.path(), cache);
     return result;
 }
 
