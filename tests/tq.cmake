@@ -27,7 +27,7 @@ endforeach()
 foreach(group IN ITEMS Tune Profile Budget)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_tune_test.py $<TARGET_FILE:tq> ${group})
-    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 480 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
 endforeach()
 
 # tq eval; also of plot-kld.

@@ -20,6 +20,8 @@ import tq_program_test as program
 from tq_program_test import LIKELIEST, MODEL, Case, tq
 
 TINY = os.environ.get("TQ_TEST_TINY", "")
+# One thread: other tests run beside these.
+TUNE = ["tune", "--threads", 1]
 
 
 def cache_folder(name):
@@ -71,7 +73,7 @@ def read_profile(path):
 class Tune(Case):
     def test_writes_every_layer(self):
         cache = cache_folder("layers")
-        done = self.succeeds("tune", MODEL, "--tokens", 512, XDG_CACHE_HOME=cache)
+        done = self.succeeds(*TUNE, MODEL, "--tokens", 512, XDG_CACHE_HOME=cache)
         self.assertIn("30 layers, 512 tokens of built-in text", done.out)
         self.assertEqual(done.err, "")
         (path,) = profiles(cache)
@@ -92,7 +94,7 @@ class Tune(Case):
         path = os.path.join(program.WORK, "own.tqp")
         pathlib.Path(text).write_text("The harbour was quiet, and the gulls slept on the roofs of the sheds. " * 40)
         cache = cache_folder("own")
-        result = json.loads(self.succeeds("tune", tiny("gemma3"), "--file", text, "--tokens", 300, "--output", path, "--json",
+        result = json.loads(self.succeeds(*TUNE, tiny("gemma3"), "--file", text, "--tokens", 300, "--output", path, "--json",
                                           XDG_CACHE_HOME=cache).out)
         self.assertEqual(result["profile"], path)
         self.assertEqual(result["tokens"], 300)
@@ -156,11 +158,11 @@ class Profile(Case):
     def test_eval_uses_it(self):
         cache = cache_folder("eval")
         model = tiny("gemma3")
-        self.succeeds("tune", model, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, model, XDG_CACHE_HOME=cache)
         (path,) = profiles(cache)
         text = os.path.join(program.WORK, "eval.txt")
         pathlib.Path(text).write_text("The harbour was quiet, and the gulls slept on the roofs of the sheds. " * 100)
-        kld = ["eval", "kld", model, "--kv", "4/4:w0", "--file", text, "--ctx", 256, "--chunks", 1, "-o", "json"]
+        kld = ["eval", "kld", model, "--threads", 1, "--kv", "4/4:w0", "--file", text, "--ctx", 256, "--chunks", 1, "-o", "json"]
         done = self.succeeds(*kld, XDG_CACHE_HOME=cache)
         self.assertIn(f"keys are conditioned by {path} (built-in text", done.err)
         with_profile = json.loads(done.out)[-1]["kld_mean"]
@@ -171,7 +173,7 @@ class Profile(Case):
         cache = cache_folder("named")
         mine = os.path.join(program.WORK, "mine.tqp")
         model = tiny("gemma3")
-        self.succeeds("tune", model, "--output", mine, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, model, "--output", mine, XDG_CACHE_HOME=cache)
         run = ["run", *LIKELIEST, "-m", model, "--ctx", 512, "-n", 1, "-p", "hello"]
         for how in [{"TURBOQUANT_PROFILE": mine}, {}]:
             flags = [] if how else ["--profile", mine]
@@ -184,10 +186,10 @@ class Profile(Case):
                    XDG_CACHE_HOME=cache)
         self.fails(1, [mine, "of another model"], "run", "-m", tiny("deci"), "-p", "x", XDG_CACHE_HOME=cache,
                    TURBOQUANT_PROFILE=mine)
-        self.succeeds("tune", tiny("llama_64"), "--output", mine, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, tiny("llama_64"), "--output", mine, XDG_CACHE_HOME=cache)
         self.fails(1, [mine, "its layer 0 is not the model's"], "run", "-m", tiny("llama_80"), "-p", "x", "--profile", mine,
                    XDG_CACHE_HOME=cache)
-        self.succeeds("tune", model, "--output", mine, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, model, "--output", mine, XDG_CACHE_HOME=cache)
         damaged = os.path.join(program.WORK, "damaged.tqp")
         data = bytearray(pathlib.Path(mine).read_bytes())
         data[len(data) // 2] ^= 1
@@ -197,7 +199,7 @@ class Profile(Case):
     def test_a_damaged_one_in_the_cache_folder_is_made_anew(self):
         cache = cache_folder("damaged")
         model = tiny("llama_64")
-        self.succeeds("tune", model, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, model, XDG_CACHE_HOME=cache)
         (path,) = profiles(cache)
         good = path.read_bytes()
         path.write_bytes(good[:-1])
@@ -246,9 +248,9 @@ class Budget(Case):
         model = tiny("deci")  # layers of 3 sizes, one of them without a cache
         run = ["run", *LIKELIEST, "-m", model, "--ctx", 512, "-n", 4, "-p", "hello", "--json"]
         self.fails(1, ["--kv auto", "tq tune --budget"], *run, "--kv", "auto", XDG_CACHE_HOME=cache)
-        self.succeeds("tune", model, XDG_CACHE_HOME=cache)
+        self.succeeds(*TUNE, model, XDG_CACHE_HOME=cache)
         self.fails(1, ["--kv auto", "tq tune --budget"], *run, "--kv", "auto", XDG_CACHE_HOME=cache)
-        result = json.loads(self.succeeds("tune", model, "--budget", 4.5, "--json", XDG_CACHE_HOME=cache).out)
+        result = json.loads(self.succeeds(*TUNE, model, "--budget", 4.5, "--json", XDG_CACHE_HOME=cache).out)
         (path,) = profiles(cache)
         profile = read_profile(path)
         values = bits = 0
@@ -280,7 +282,7 @@ class Budget(Case):
 
     def test_layers_of_one_side_only(self):
         path = os.path.join(program.WORK, "mla.tqp")
-        self.succeeds("tune", tiny("deepseek2_mla"), "--budget", 3, "--output", path)
+        self.succeeds(*TUNE, tiny("deepseek2_mla"), "--budget", 3, "--output", path)
         for layer in read_profile(path)["layers"]:
             self.assertEqual(layer["bits"][1], 0)
             self.assertGreater(layer["bits"][0], 0)
