@@ -28,10 +28,9 @@ protected:
     void make_stores(const KeySource& source, int n = 2) {
         stores.resize(static_cast<size_t>(n));
         for (auto& store : stores) {
-            const Status status =
-                Store::create({.head_size = kHead, .kv_heads = kHeads, .rows = 512},
-                              {.bits = 4, .window = 8, .calibration_rows = source.calibration_rows()},
-                              source.initial(), store);
+            const Status status = Store::create({.head_size = kHead, .kv_heads = kHeads, .rows = 512},
+                                                {.bits = 4, .window = 8, .calibration_rows = source.calibration_rows()},
+                                                source.initial(), store);
             ASSERT_TRUE(status.ok()) << status.message();
         }
     }

@@ -205,7 +205,8 @@ TEST(EvalSettings, SuffixesAndOverrides) {
     EXPECT_EQ(settings[2].kv.window, 8);
     EXPECT_EQ(settings[2].kv.sinks, 2); // its own wins
     EXPECT_FALSE(settings[3].kv.turboquant());
-    for (const char* bad : {"tq4:", "tq4:w", "tq4:x3", "tq4:w-1", "tq4:w1:w2", "tq4:w1x", "q8_0:w4", "tq9", "", "tq4,,tq5"}) {
+    for (const char* bad :
+         {"tq4:", "tq4:w", "tq4:x3", "tq4:w-1", "tq4:w1:w2", "tq4:w1x", "q8_0:w4", "tq9", "", "tq4,,tq5"}) {
         EXPECT_THROW(parse_settings(bad, {}, {}), UsageError) << bad;
     }
 }
@@ -278,8 +279,7 @@ TEST_F(EvalBase, ComesBack) {
     EXPECT_FALSE(damaged);
     for (int64_t i = 0; i < kRows; ++i) {
         std::vector<uint16_t> stored(kVocabulary);
-        const BaseRow expected =
-            make_base_row(logits_[static_cast<size_t>(i)].data(), kVocabulary, 5, stored.data());
+        const BaseRow expected = make_base_row(logits_[static_cast<size_t>(i)].data(), kVocabulary, 5, stored.data());
         const BaseRow row = file->row(i);
         EXPECT_EQ(row.top, expected.top);
         EXPECT_EQ(row.nll, expected.nll);

@@ -28,7 +28,7 @@ private:
     std::string what_;
     double work_ = 0;
     double later_ = 0;
-    double finished_ = 0;        // work of earlier steps
+    double finished_ = 0;         // work of earlier steps
     double finished_seconds_ = 0; // and what it took
     double shown_ = -1;
     size_t width_ = 0;

@@ -90,8 +90,8 @@ public:
             if (!base) {
                 throw llm::Error(fmt::format("{}: cannot be read back; check the disk", path.string()));
             }
-            eta.done(fmt::format("{} on disk, reused by later runs", llm::format_bytes(static_cast<int64_t>(
-                                                                          std::filesystem::file_size(path)))));
+            eta.done(fmt::format("{} on disk, reused by later runs",
+                                 llm::format_bytes(static_cast<int64_t>(std::filesystem::file_size(path)))));
         }
         measure(eta, [&](size_t chunk, size_t index, llm::Token next, const float* logits) {
             const auto row = static_cast<int64_t>(chunk * chunks_.positions.size() + index);
@@ -153,12 +153,11 @@ private:
                                                         std::vector<llm::Score>(chunks_.positions.size()));
             eta.begin(setting.label, 1, static_cast<double>(settings_.size() - i - 1));
             const llm::ReadOptions options = read_options(setting.kv, eta);
-            llm::read_chunks(
-                model_->load(setting.kv.turboquant()), chunks_, options,
-                [&](size_t chunk, size_t index, llm::Token next, const float* logits) {
-                    scores[chunk][index] = score_of(chunk, index, next, logits);
-                },
-                {});
+            llm::read_chunks(model_->load(setting.kv.turboquant()), chunks_, options,
+                             [&](size_t chunk, size_t index, llm::Token next, const float* logits) {
+                                 scores[chunk][index] = score_of(chunk, index, next, logits);
+                             },
+                             {});
             rows_.push_back({setting, llm::footprint(options.plan, setting.kv), llm::summarise(scores)});
             const llm::Figures& figures = rows_.back().figures;
             eta.done(figures.ppl_base > 1 ? fmt::format("KLD {:.6f}, ppl {:.3f}", figures.kld_mean, figures.ppl)
@@ -212,8 +211,9 @@ private:
                    flags_.chunks, flags_.context, llm::format_count(first.positions), threads());
         const auto plus_minus = [](double value) { return std::isnan(value) ? "" : fmt::format(" ± {:.2g}", value); };
         if (kld) {
-            fmt::print("| cache | bits | bytes/token | exact | KLD ± se | median | p99 | max | top-1 % | ppl | ppl of f16 |\n"
-                       "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n");
+            fmt::print(
+                "| cache | bits | bytes/token | exact | KLD ± se | median | p99 | max | top-1 % | ppl | ppl of f16 |\n"
+                "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n");
         } else {
             fmt::print("| cache | bits | bytes/token | exact | ppl ± se |\n|---|--:|--:|--:|--:|\n");
         }
@@ -231,8 +231,9 @@ private:
                 fmt::print(" {:.3f}{} |\n", figures.ppl, plus_minus(figures.ppl_se));
             }
         }
-        fmt::print("\nbits: codes and scales of a value. bytes/token: all layers, as allocated. exact: rows kept in fp16 "
-                   "besides (window and sinks), whatever the length.\n");
+        fmt::print(
+            "\nbits: codes and scales of a value. bytes/token: all layers, as allocated. exact: rows kept in fp16 "
+            "besides (window and sinks), whatever the length.\n");
         if (kld) {
             fmt::print("floor: fp16 rows through the plug-in; KLDs that are not well above it measure nothing{}.\n",
                        flags_.eval.f32_weights ? "" : " (--f32-weights lowers it)");
@@ -252,7 +253,8 @@ private:
 
 Command add_eval_kld(CLI::App& eval) {
     auto flags = std::make_shared<ChunkFlags>();
-    CLI::App* command = eval.add_subcommand("kld", "how far each cache moves the model's predictions from an f16 cache");
+    CLI::App* command =
+        eval.add_subcommand("kld", "how far each cache moves the model's predictions from an f16 cache");
     add_chunk_flags(*command, *flags);
     return [flags] { return ChunkRun(*flags).kld(); };
 }

@@ -34,7 +34,8 @@ struct NeedleFlags {
 
 constexpr int64_t kDefaultLongest = 8192;
 constexpr int64_t kAnswerTokens = 16; // a number and the words around it, of each value asked for
-constexpr const char* kTask = "Read the text below. It mentions magic numbers of cities, and you will be asked for them.";
+constexpr const char* kTask =
+    "Read the text below. It mentions magic numbers of cities, and you will be asked for them.";
 
 llm::NeedleVariant parse_variant(const std::string& name) {
     if (name == "single") {
@@ -117,8 +118,8 @@ public:
             for (const int64_t length : lengths_) {
                 total += over_depths(i, length);
             }
-            eta.done(fmt::format("{} of {} found, {:.1f} % of digits", total.found, total.asked,
-                                 100 * total.digit_share()));
+            eta.done(
+                fmt::format("{} of {} found, {:.1f} % of digits", total.found, total.asked, 100 * total.digit_share()));
         }
         print();
         if (!flags_.plot.empty()) {
@@ -223,9 +224,8 @@ private:
             const auto n = static_cast<double>(job.readings.size());
             for (const llm::NeedleQuestion& question : job.readings[i].haystack.questions) {
                 const bool first = &question == &job.readings[i].haystack.questions.front();
-                ask(session, job, job.readings[i], question, setting, [&](double fraction) {
-                    progress((begin + (first ? fraction : 1)) / n);
-                });
+                ask(session, job, job.readings[i], question, setting,
+                    [&](double fraction) { progress((begin + (first ? fraction : 1)) / n); });
             }
         }
     }
@@ -329,9 +329,10 @@ private:
     }
 
     void print_table() const {
-        fmt::print("{}, {}, {}: {} depths, {} haystack{} a length; found (digits right when the answer is given away)\n\n",
-                   model_->label(), flags_.variant, text_name_, flags_.depths, flags_.haystacks,
-                   flags_.haystacks == 1 ? "" : "s");
+        fmt::print(
+            "{}, {}, {}: {} depths, {} haystack{} a length; found (digits right when the answer is given away)\n\n",
+            model_->label(), flags_.variant, text_name_, flags_.depths, flags_.haystacks,
+            flags_.haystacks == 1 ? "" : "s");
         std::string head = "| cache | bits |";
         std::string line = "|---|--:|";
         for (const int64_t length : lengths_) {
@@ -410,19 +411,24 @@ private:
 Command add_eval_niah(CLI::App& eval) {
     auto flags = std::make_shared<NeedleFlags>();
     flags->eval.kv = "f16,q4_0,tq4,tq3";
-    CLI::App* command = eval.add_subcommand("niah", "needles in a haystack: facts in a long text, asked for with each cache");
+    CLI::App* command =
+        eval.add_subcommand("niah", "needles in a haystack: facts in a long text, asked for with each cache");
     add_eval_flags(*command, flags->eval);
-    command->add_option("--variant", flags->variant,
-                        "single: one needle a haystack; multikey: one at each depth, each asked for; multivalue: "
-                        "several numbers a city, all asked for (default multikey)")
+    command
+        ->add_option("--variant", flags->variant,
+                     "single: one needle a haystack; multikey: one at each depth, each asked for; multivalue: "
+                     "several numbers a city, all asked for (default multikey)")
         ->type_name("KIND");
-    command->add_option("--lengths", flags->lengths,
-                        "tokens of haystack, question and answer, with commas between (default: a quarter, half and all "
-                        "of the model's context, at most 8192)")
+    command
+        ->add_option("--lengths", flags->lengths,
+                     "tokens of haystack, question and answer, with commas between (default: a quarter, half and all "
+                     "of the model's context, at most 8192)")
         ->delimiter(',')
         ->type_name("LIST");
-    command->add_option("--depths", flags->depths, "depths, evenly spaced from start to end (default 11)")->type_name("N");
-    command->add_option("--haystacks", flags->haystacks, "haystacks of each length, each with other needles (default 1)")
+    command->add_option("--depths", flags->depths, "depths, evenly spaced from start to end (default 11)")
+        ->type_name("N");
+    command
+        ->add_option("--haystacks", flags->haystacks, "haystacks of each length, each with other needles (default 1)")
         ->type_name("N");
     command->add_option("--seed", flags->seed, "of cities and numbers (default 1)")->type_name("N");
     command->add_option("--plot", flags->plot, "a heat map of what was found, as SVG")->type_name("FILE");

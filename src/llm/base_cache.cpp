@@ -121,8 +121,8 @@ BaseWriter::BaseWriter(std::filesystem::path path, const std::string& key, int64
     }
     file_ = std::fopen(temporary_.c_str(), "wb");
     if (file_ == nullptr) {
-        throw Error(fmt::format("{}: cannot be written: {}; set XDG_CACHE_HOME to a folder that can", temporary_.string(),
-                                std::strerror(errno)));
+        throw Error(fmt::format("{}: cannot be written: {}; set XDG_CACHE_HOME to a folder that can",
+                                temporary_.string(), std::strerror(errno)));
     }
     const uint64_t head[2] = {kMagic, key.size()};
     std::string padded_key = key;

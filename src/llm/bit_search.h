@@ -26,7 +26,7 @@ struct BitCandidate {
     std::string name; // "mix", "4/4"
     double bits = 0;
     double kld = 0;
-    double predicted = 0; // the sum of what the sides cost alone, without the floor
+    double predicted = 0;          // the sum of what the sides cost alone, without the floor
     std::vector<LayerBits> layers; // as the profile's
 };
 

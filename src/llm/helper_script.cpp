@@ -84,8 +84,8 @@ std::string run_script(const std::string& name, const std::vector<std::string>& 
     posix_spawn_file_actions_destroy(&actions);
     in.close();
     if (failed != 0) {
-        throw Error(fmt::format("{}: cannot be started: {}; name a Python 3 with the gguf package in TQ_PYTHON", words[0],
-                                std::strerror(failed)));
+        throw Error(fmt::format("{}: cannot be started: {}; name a Python 3 with the gguf package in TQ_PYTHON",
+                                words[0], std::strerror(failed)));
     }
     std::string pending;
     std::string result;

@@ -11,14 +11,14 @@ namespace turboquant::llm {
 namespace {
 
 constexpr std::array<const char*, 64> kCities = {
-    "Amsterdam", "Ankara",     "Athens",    "Baghdad",   "Bangkok",  "Barcelona", "Beijing",  "Belgrade",
-    "Berlin",    "Bogota",     "Brussels",  "Bucharest", "Budapest", "Cairo",     "Caracas",  "Chicago",
-    "Cologne",   "Copenhagen", "Dakar",     "Damascus",  "Delhi",    "Denver",    "Dresden",  "Dublin",
-    "Edinburgh", "Florence",   "Geneva",    "Glasgow",   "Hamburg",  "Hanoi",     "Havana",   "Helsinki",
-    "Istanbul",  "Jakarta",    "Kyoto",     "Lagos",     "Lima",     "Lisbon",    "London",   "Lyon",
-    "Madrid",    "Manila",     "Marseille", "Melbourne", "Milan",    "Montreal",  "Moscow",   "Munich",
-    "Nairobi",   "Naples",     "Oslo",      "Ottawa",    "Paris",    "Prague",    "Quito",    "Rome",
-    "Santiago",  "Seoul",      "Seville",   "Stockholm", "Tokyo",    "Toronto",   "Vienna",   "Warsaw"};
+    "Amsterdam", "Ankara",     "Athens",    "Baghdad",   "Bangkok",  "Barcelona", "Beijing", "Belgrade",
+    "Berlin",    "Bogota",     "Brussels",  "Bucharest", "Budapest", "Cairo",     "Caracas", "Chicago",
+    "Cologne",   "Copenhagen", "Dakar",     "Damascus",  "Delhi",    "Denver",    "Dresden", "Dublin",
+    "Edinburgh", "Florence",   "Geneva",    "Glasgow",   "Hamburg",  "Hanoi",     "Havana",  "Helsinki",
+    "Istanbul",  "Jakarta",    "Kyoto",     "Lagos",     "Lima",     "Lisbon",    "London",  "Lyon",
+    "Madrid",    "Manila",     "Marseille", "Melbourne", "Milan",    "Montreal",  "Moscow",  "Munich",
+    "Nairobi",   "Naples",     "Oslo",      "Ottawa",    "Paris",    "Prague",    "Quito",   "Rome",
+    "Santiago",  "Seoul",      "Seville",   "Stockholm", "Tokyo",    "Toronto",   "Vienna",  "Warsaw"};
 constexpr size_t kValuesOfACity = 4;
 
 // The same on every machine, unlike std::uniform_int_distribution.

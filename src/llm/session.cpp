@@ -127,9 +127,8 @@ int Session::decode(const Token* tokens, int64_t n, int8_t* outputs) {
 int64_t Session::keep_common(const std::vector<Token>& tokens, int64_t most) {
     llama_memory_t memory = llama_get_memory(ctx_.get());
     most = std::min(most, static_cast<int64_t>(cached_.size()));
-    const auto common =
-        static_cast<int64_t>(std::mismatch(cached_.begin(), cached_.begin() + most, tokens.begin()).first -
-                             cached_.begin());
+    const auto common = static_cast<int64_t>(
+        std::mismatch(cached_.begin(), cached_.begin() + most, tokens.begin()).first - cached_.begin());
     if (common == static_cast<int64_t>(cached_.size())) {
         return common;
     }
@@ -182,8 +181,7 @@ bool Session::read_from(const std::vector<Token>& tokens, int64_t most, const st
                 outputs[static_cast<size_t>(wanted[next] - at)] = 1;
             }
         }
-        const int result =
-            interrupted() ? 2 : decode(tokens.data() + at, count, on_scores ? outputs.data() : nullptr);
+        const int result = interrupted() ? 2 : decode(tokens.data() + at, count, on_scores ? outputs.data() : nullptr);
         if (result == 2) {
             return false;
         }
