@@ -177,6 +177,7 @@ double predicted(const std::vector<SideCost>& costs, const std::vector<int>& wid
 std::vector<size_t> spread(size_t size, size_t n) {
     std::vector<size_t> chosen;
     n = std::min(n, size);
+    chosen.reserve(n);
     for (size_t i = 0; i < n; ++i) {
         chosen.push_back(n == 1 ? 0 : i * (size - 1) / (n - 1));
     }
