@@ -159,6 +159,7 @@ void set_bits(Profile& profile, const std::vector<LayerBits>& bits) {
 
 std::vector<int> uniform_widths(const std::vector<Side>& sides, int key, int value) {
     std::vector<int> widths;
+    widths.reserve(sides.size());
     for (const Side& side : sides) {
         widths.push_back(side.value ? value : key);
     }
