@@ -31,7 +31,7 @@ Profile make_profile(unsigned seed) {
 
 // Makes the checksum right, as a program gone wrong might.
 void sign(std::vector<uint8_t>& bytes) {
-    put_at(bytes, 12, crc32(crc32(0, bytes.data(), 12), bytes.data() + 16, bytes.size() - 16), 4);
+    put_at(bytes.data() + 12, crc32(crc32(0, bytes.data(), 12), bytes.data() + 16, bytes.size() - 16), 4);
 }
 
 bool equal(const Profile& a, const Profile& b) {

@@ -18,7 +18,7 @@ import unittest
 from xml.etree import ElementTree
 
 import tq_program_test as program
-from tq_program_test import MODEL, Case, tq
+from tq_program_test import MODEL, Case, cache_folder, tq
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = ROOT / "docs" / "format.md"
@@ -27,12 +27,6 @@ COMMON = ["--threads", "1", "--no-profile"]
 SHORT = ["--ctx", "256", "--chunks", "1", "--file", TEXT, *COMMON]
 KEYS = ["model", "kv", "bits_per_value", "bytes_per_token", "positions", "kld_mean", "kld_se", "kld_median", "kld_p99",
         "kld_max", "top1", "ppl", "ppl_base", "threads", "ctx"]
-
-
-def cache_folder(name):
-    path = os.path.join(program.WORK, name)
-    os.makedirs(path, exist_ok=True)
-    return path
 
 
 def bases(cache):

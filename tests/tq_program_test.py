@@ -34,6 +34,13 @@ def environment(**changes):
     return {k: v for k, v in result.items() if v is not None}
 
 
+def cache_folder(name):
+    """A folder of its own for XDG_CACHE_HOME."""
+    path = os.path.join(WORK, name)
+    os.makedirs(path, exist_ok=True)
+    return path
+
+
 def tq(*arguments, stdin=b"", timeout=200, **changes):
     done = subprocess.run([TQ, *map(str, arguments)], input=stdin, capture_output=True, timeout=timeout,
                           env=environment(**changes))

@@ -17,17 +17,11 @@ import unittest
 import zlib
 
 import tq_program_test as program
-from tq_program_test import LIKELIEST, MODEL, Case, tq
+from tq_program_test import LIKELIEST, MODEL, Case, cache_folder, tq
 
 TINY = os.environ.get("TQ_TEST_TINY", "")
 # One thread: other tests run beside these.
 TUNE = ["tune", "--threads", 1]
-
-
-def cache_folder(name):
-    path = os.path.join(program.WORK, name)
-    os.makedirs(path, exist_ok=True)
-    return path
 
 
 def profiles(cache):

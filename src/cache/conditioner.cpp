@@ -62,12 +62,4 @@ void Conditioner::head_mean(int kv_head, int entry, float* out) const {
     }
 }
 
-size_t Conditioner::bytes() const {
-    return record_.size() +
-           (encode_factor_.size() + constant_mean_.size() + pair_mean_.size() + phases_.size() +
-            conditioning_.mu.size() + conditioning_.lambda.size()) *
-               sizeof(float) +
-           conditioning_.rope.size() * sizeof(RopePair);
-}
-
 } // namespace turboquant

@@ -43,8 +43,6 @@ public:
     // The mean of one head for an entry: head_size floats.
     void head_mean(int kv_head, int entry, float* out) const;
 
-    size_t bytes() const;
-
 private:
     Conditioning conditioning_;
     uint32_t id_ = 0;

@@ -1,5 +1,6 @@
 // Native rows: a row as opaque bytes, for a host that saves and restores caches. docs/format.md has the picture.
 #include "cache/rows.h"
+#include "conditioning/bytes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -33,47 +34,33 @@ struct Header {
     uint32_t checksum = 0;
 };
 
-void put(uint8_t* out, uint64_t value, int bytes) {
-    for (int i = 0; i < bytes; ++i) {
-        out[i] = static_cast<uint8_t>(value >> (8 * i));
-    }
-}
-
-uint64_t get(const uint8_t* in, int bytes) {
-    uint64_t value = 0;
-    for (int i = 0; i < bytes; ++i) {
-        value |= static_cast<uint64_t>(in[i]) << (8 * i);
-    }
-    return value;
-}
-
 void put_header(const Header& h, uint8_t* out) {
-    put(out, h.magic, 4);
-    put(out + 4, h.version, 1);
-    put(out + 5, h.side, 1);
-    put(out + 6, h.bits, 1);
-    put(out + 7, h.reserved, 1);
-    put(out + 8, h.head_size, 2);
-    put(out + 10, h.kv_heads, 2);
-    put(out + 12, h.conditioning_id, 4);
-    put(out + 16, h.block, 2);
-    put(out + 18, h.reserved_too, 2);
-    put(out + 20, h.checksum, 4);
+    put_at(out, h.magic, 4);
+    put_at(out + 4, h.version, 1);
+    put_at(out + 5, h.side, 1);
+    put_at(out + 6, h.bits, 1);
+    put_at(out + 7, h.reserved, 1);
+    put_at(out + 8, h.head_size, 2);
+    put_at(out + 10, h.kv_heads, 2);
+    put_at(out + 12, h.conditioning_id, 4);
+    put_at(out + 16, h.block, 2);
+    put_at(out + 18, h.reserved_too, 2);
+    put_at(out + 20, h.checksum, 4);
 }
 
 Header get_header(const uint8_t* in) {
     Header h;
-    h.magic = static_cast<uint32_t>(get(in, 4));
+    h.magic = static_cast<uint32_t>(get_at(in, 4));
     h.version = in[4];
     h.side = in[5];
     h.bits = in[6];
     h.reserved = in[7];
-    h.head_size = static_cast<uint16_t>(get(in + 8, 2));
-    h.kv_heads = static_cast<uint16_t>(get(in + 10, 2));
-    h.conditioning_id = static_cast<uint32_t>(get(in + 12, 4));
-    h.block = static_cast<uint16_t>(get(in + 16, 2));
-    h.reserved_too = static_cast<uint16_t>(get(in + 18, 2));
-    h.checksum = static_cast<uint32_t>(get(in + 20, 4));
+    h.head_size = static_cast<uint16_t>(get_at(in + 8, 2));
+    h.kv_heads = static_cast<uint16_t>(get_at(in + 10, 2));
+    h.conditioning_id = static_cast<uint32_t>(get_at(in + 12, 4));
+    h.block = static_cast<uint16_t>(get_at(in + 16, 2));
+    h.reserved_too = static_cast<uint16_t>(get_at(in + 18, 2));
+    h.checksum = static_cast<uint32_t>(get_at(in + 20, 4));
     return h;
 }
 
@@ -81,10 +68,10 @@ Header get_header(const uint8_t* in) {
 uint64_t mix(uint64_t h, const uint8_t* in, size_t n) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        h = (h ^ get(in + i, 8)) * 0x9e3779b97f4a7c15U;
+        h = (h ^ get_at(in + i, 8)) * 0x9e3779b97f4a7c15U;
         h ^= h >> 32;
     }
-    h = (h ^ get(in + i, static_cast<int>(n - i))) * 0x9e3779b97f4a7c15U;
+    h = (h ^ get_at(in + i, static_cast<int>(n - i))) * 0x9e3779b97f4a7c15U;
     return h ^ (h >> 32);
 }
 
@@ -149,8 +136,8 @@ void put_piece(const Store::Impl& m, int64_t row, uint8_t* out) {
         return;
     }
     const size_t index = static_cast<size_t>(row) % count; // neighbours bring all of it together
-    put(out, index, 2);
-    put(out + 2, count, 2);
+    put_at(out, index, 2);
+    put_at(out + 2, count, 2);
     const size_t begin = index * size;
     std::memcpy(out + kPieceHeaderBytes, record.data() + begin, std::min(size, record.size() - begin));
 }
@@ -168,7 +155,7 @@ void put_coded_row(const Store::Impl& m, int64_t row, uint8_t* out) {
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         const uint16_t* const scales = m.tile_scales(head, row / kTileRows) + row % kTileRows;
         for (int b = 0; b < m.n_blocks; ++b, at += 2) {
-            put(at, scales[b * kTileRows], 2);
+            put_at(at, scales[b * kTileRows], 2);
         }
     }
     uint8_t codes[kMaxHeadSize];
@@ -206,7 +193,7 @@ Status check_coded_row(const Store::Impl& m, const uint8_t* in) {
     bool damaged = h.reserved != 0 || h.reserved_too != 0 || h.checksum != row_checksum(in, native_bytes(m));
     const uint8_t* const scales = in + kHeaderBytes;
     for (int i = 0; i < m.shape.kv_heads * m.n_blocks && !damaged; ++i) {
-        damaged = get(scales + 2 * i, 2) >= 0x7c00U; // negative, infinite or NaN: never written
+        damaged = get_at(scales + 2 * i, 2) >= 0x7c00U; // negative, infinite or NaN: never written
     }
     return damaged ? invalid(what + "damaged (checksum); restore from an intact copy") : Status();
 }
@@ -217,7 +204,7 @@ void take_coded_row(Store::Impl& m, int64_t row, const uint8_t* in) {
     for (int head = 0; head < m.shape.kv_heads; ++head) {
         uint16_t* const scales = m.tile_scales(head, row / kTileRows) + row % kTileRows;
         for (int b = 0; b < m.n_blocks; ++b, at += 2) {
-            scales[b * kTileRows] = static_cast<uint16_t>(get(at, 2));
+            scales[b * kTileRows] = static_cast<uint16_t>(get_at(at, 2));
         }
     }
     uint8_t codes[kMaxHeadSize + 32];
@@ -312,7 +299,7 @@ size_t Store::native_row_bytes() const {
 bool Store::native_piece(const uint8_t* in, NativePiece& out) const {
     const Impl& m = *impl_;
     out = {};
-    if (!m.coded() || get(in, 4) != kMagic) {
+    if (!m.coded() || get_at(in, 4) != kMagic) {
         return false;
     }
     const Header h = get_header(in);
@@ -324,9 +311,9 @@ bool Store::native_piece(const uint8_t* in, NativePiece& out) const {
     out.block = h.block;
     const uint8_t* const piece = in + coded_row_bytes(m);
     const size_t size = piece_bytes(m);
-    if (h.conditioning_id != 0 && size != 0 && get(piece, 2) < get(piece + 2, 2)) {
-        out.index = static_cast<int>(get(piece, 2));
-        out.count = static_cast<int>(get(piece + 2, 2));
+    if (h.conditioning_id != 0 && size != 0 && get_at(piece, 2) < get_at(piece + 2, 2)) {
+        out.index = static_cast<int>(get_at(piece, 2));
+        out.count = static_cast<int>(get_at(piece + 2, 2));
         out.data = piece + kPieceHeaderBytes;
         out.size = size;
     }
@@ -402,7 +389,7 @@ Status Store::write_native(int64_t row, const uint8_t* in, bool& not_native, int
         set_bit(m.written_rows, row, true);
         return {};
     }
-    if (get(in, 4) == kMagic) {
+    if (get_at(in, 4) == kMagic) {
         if (Status status = check_coded_row(m, in); !status.ok()) {
             return status;
         }

@@ -1,4 +1,4 @@
-// Little-endian integers, a checksum and a hash, for the records of this folder.
+// Little-endian integers, a checksum and a hash, for records, profiles and saved rows.
 #pragma once
 
 #include <array>
@@ -14,9 +14,9 @@ inline void append(std::vector<uint8_t>& out, uint64_t value, int bytes) {
     }
 }
 
-inline void put_at(std::vector<uint8_t>& out, size_t at, uint64_t value, int bytes) {
+inline void put_at(uint8_t* out, uint64_t value, int bytes) {
     for (int i = 0; i < bytes; ++i) {
-        out[at + static_cast<size_t>(i)] = static_cast<uint8_t>(value >> (8 * i));
+        out[i] = static_cast<uint8_t>(value >> (8 * i));
     }
 }
 

@@ -160,7 +160,7 @@ std::vector<uint8_t> write_conditioning(const Conditioning& conditioning, int he
         append(out, pair.second, 2);
         append(out, std::bit_cast<uint32_t>(pair.theta), 4);
     }
-    put_at(out, kChecksumAt, record_checksum(out.data(), out.size()), 4);
+    put_at(out.data() + kChecksumAt, record_checksum(out.data(), out.size()), 4);
     return out;
 }
 

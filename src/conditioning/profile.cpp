@@ -131,7 +131,7 @@ std::vector<uint8_t> serialise_profile(const Profile& profile) {
         append(out, record.size(), 4);
         out.insert(out.end(), record.begin(), record.end());
     }
-    put_at(out, kChecksumAt, file_checksum(out), 4);
+    put_at(out.data() + kChecksumAt, file_checksum(out), 4);
     return out;
 }
 

@@ -23,25 +23,9 @@ constexpr const char* kExtension = ".tqp";
 } // namespace
 
 std::string model_fingerprint(const std::string& model_path) {
-    constexpr uint64_t kSamples = 16;
-    constexpr uint64_t kSampleBytes = 65536;
-    std::ifstream file(model_path, std::ios::binary);
-    std::error_code failed;
-    const uint64_t size = fs::file_size(model_path, failed);
-    if (failed || !file) {
-        throw Error(fmt::format("{}: cannot be read: {}; check its path and permissions", model_path,
-                                failed ? failed.message() : std::strerror(errno)));
-    }
-    const uint64_t last = size > kSampleBytes ? size - kSampleBytes : 0;
-    uint64_t hash = size;
-    std::vector<char> block(kSampleBytes);
-    for (uint64_t i = 0; i < kSamples; ++i) {
-        file.clear();
-        file.seekg(static_cast<std::streamoff>(last / (kSamples - 1) * i));
-        file.read(block.data(), static_cast<std::streamsize>(block.size()));
-        hash = hash_bytes(block.data(), static_cast<size_t>(file.gcount()), hash);
-    }
-    return fmt::format("{}-{:016x}", size, hash);
+    std::error_code unreadable; // sample_identity says why
+    const uint64_t size = fs::file_size(model_path, unreadable);
+    return sample_identity(model_path, 16, size);
 }
 
 fs::path cached_profile_path(const std::string& model_path) {

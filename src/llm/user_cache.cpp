@@ -3,6 +3,7 @@
 #include "llm/error.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -54,27 +55,32 @@ uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
     return hash;
 }
 
-std::string file_identity(const std::string& path) {
-    constexpr uint64_t kSamples = 64;
+std::string sample_identity(const std::string& path, int samples, uint64_t seed) {
     constexpr uint64_t kSampleBytes = 65536;
     std::ifstream file(path, std::ios::binary);
     std::error_code failed;
     const uint64_t size = fs::file_size(path, failed);
-    const auto changed = failed ? fs::file_time_type{} : fs::last_write_time(path, failed);
     if (failed || !file) {
-        throw Error(fmt::format("{}: cannot be read: {}; check its path and permissions", path, failed.message()));
+        throw Error(fmt::format("{}: cannot be read: {}; check its path and permissions", path,
+                                failed ? failed.message() : std::strerror(errno)));
     }
-    const auto ticks = static_cast<uint64_t>(changed.time_since_epoch().count());
-    uint64_t hash = hash_bytes(&ticks, sizeof ticks);
+    const uint64_t last = size > kSampleBytes ? size - kSampleBytes : 0;
+    const uint64_t step = last / (static_cast<uint64_t>(samples) - 1);
+    uint64_t hash = seed;
     std::vector<char> block(kSampleBytes);
-    for (uint64_t i = 0; i < kSamples; ++i) {
-        const uint64_t last = size > kSampleBytes ? size - kSampleBytes : 0;
+    for (int i = 0; i < samples; ++i) {
         file.clear();
-        file.seekg(static_cast<std::streamoff>(last / (kSamples - 1) * i));
+        file.seekg(static_cast<std::streamoff>(step * static_cast<uint64_t>(i)));
         file.read(block.data(), static_cast<std::streamsize>(block.size()));
         hash = hash_bytes(block.data(), static_cast<size_t>(file.gcount()), hash);
     }
     return fmt::format("{}-{:016x}", size, hash);
+}
+
+std::string file_identity(const std::string& path) {
+    std::error_code ignored; // sample_identity says why a file cannot be read
+    const auto ticks = static_cast<uint64_t>(fs::last_write_time(path, ignored).time_since_epoch().count());
+    return sample_identity(path, 64, hash_bytes(&ticks, sizeof ticks));
 }
 
 } // namespace turboquant::llm
