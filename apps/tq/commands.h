@@ -16,6 +16,7 @@ Command add_info(CLI::App& program);
 Command add_demo(CLI::App& program);
 Command add_eval(CLI::App& program);
 Command add_tune(CLI::App& program);
+Command add_bench(CLI::App& program);
 Command add_plugin_path(CLI::App& program);
 
 } // namespace turboquant::app
