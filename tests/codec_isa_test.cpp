@@ -153,6 +153,87 @@ TEST(IsaKernels, SameBytesEverywhere) {
     }
 }
 
+// Blocks encoded together are encoded as each alone, step by step.
+TEST(IsaKernels, GroupsOfRowsAreLikeSingleSteps) {
+    const CodecKernels& reference = codec_kernels(Isa::portable);
+    for (const Isa isa : available_isas()) {
+        const CodecKernels& kernels = codec_kernels(isa);
+        for (const int n : {4, 16, 32, 64, 80, 96, 128, 256, 512, 768, 1024}) {
+            const auto padded = static_cast<size_t>(round_up(n, kVectorPadding));
+            for (const int count : {1, 2, 7, 8, 11}) {
+                for (const int bits : testing::kCodecBits) {
+                    for (const KernelRule rule : {KernelRule::unbiased, KernelRule::matched, KernelRule::mmse}) {
+                        const auto rows = static_cast<size_t>(count);
+                        std::vector<uint16_t> h(rows * padded, 0);
+                        const std::vector<float> mu = normals(padded, 3);
+                        const std::vector<float> factor = normals(padded, 4);
+                        std::vector<uint8_t> codes(rows * padded, 1);
+                        std::vector<uint16_t> scales(rows, 1);
+                        std::vector<EncodeItem> items(rows);
+                        for (size_t r = 0; r < rows; ++r) {
+                            // Every kind of input there is: groups mix blocks that need care with ordinary ones.
+                            std::vector<float> x = input(static_cast<size_t>(n), static_cast<uint32_t>(r) + 11);
+                            x.resize(padded, 0.0F);
+                            uint16_t* const at = h.data() + r * padded;
+                            if (reference.round_to_half(x.data(), static_cast<int>(padded), at) >= 0x7f800000U) {
+                                std::fill_n(at, padded, uint16_t{0});
+                            }
+                            items[r] = {at, mu.data(), factor.data(), codes.data() + r * padded, &scales[r], 9};
+                        }
+                        // Nothing, a tiny row.
+                        std::fill_n(h.data() + (rows / 2) * padded, padded, uint16_t{0});
+                        kernels.encode_rows(items.data(), count, n, encode_table(bits), rule);
+                        for (size_t r = 0; r < rows; ++r) {
+                            std::vector<float> y(padded);
+                            std::vector<uint8_t> expected(padded, 2);
+                            uint16_t scale = 2;
+                            reference.condition(items[r].h, mu.data(), factor.data(), n, y.data());
+                            reference.hadamard(y.data(), n, false);
+                            const uint8_t note =
+                                reference.encode(y.data(), n, encode_table(bits), rule, expected.data(), &scale);
+                            ASSERT_EQ(items[r].note, note);
+                            ASSERT_EQ(scales[r], scale)
+                                << isa_name(isa) << ' ' << n << ' ' << bits << " row " << r << " of " << count;
+                            ASSERT_EQ(std::memcmp(items[r].codes, expected.data(), static_cast<size_t>(n)), 0)
+                                << isa_name(isa) << ' ' << n << ' ' << bits << " row " << r << " of " << count;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// The bytes of rows that were stored by an earlier version: what a saved cache holds must stay what it is.
+TEST(IsaKernels, BytesAreThoseOfEarlierVersions) {
+    uint64_t hash = 0xcbf29ce484222325U;
+    std::mt19937 generator(5);
+    for (const Side side : {Side::key, Side::value}) {
+        for (const int bits : testing::kCodecBits) {
+            for (const int head_size : {16, 64, 80, 128, 192, 256, 576}) {
+                std::unique_ptr<Store> store;
+                ASSERT_TRUE(Store::create({side, head_size, 2, 70}, {bits, 0, 0}, {}, store).ok());
+                std::vector<float> x(static_cast<size_t>(store->shape().row_elements()));
+                std::vector<uint8_t> row(store->native_row_bytes());
+                for (int64_t r = 0; r < 70; ++r) {
+                    for (float& v : x) { // nearly normal, exact in fp32 with any compiler
+                        v = 0;
+                        for (int i = 0; i < 4; ++i) {
+                            v += static_cast<float>(static_cast<int>(generator() >> 16) - 32768) / 32768;
+                        }
+                    }
+                    ASSERT_TRUE(store->write(x.data(), 0, &r, 1, {}, nullptr).ok());
+                    store->read_native(r, row.data());
+                    for (const uint8_t byte : row) {
+                        hash = (hash ^ byte) * 0x100000001b3U;
+                    }
+                }
+            }
+        }
+    }
+    EXPECT_EQ(hash, 0x98f0bc9c5540b998U);
+}
+
 // Each kernel's writes against layout.h's own map of the fields.
 TEST(IsaKernels, PlanesAreTheLayouts) {
     for (const Isa isa : available_isas()) {

@@ -31,12 +31,6 @@ int tag_elements(int head_size, int kv_head) {
     return std::clamp(kTagElements - kv_head * head_size, 0, head_size);
 }
 
-PlaneShape plane_shape(Side side, const Plane& plane) {
-    const int fields = 8 / plane.width;
-    return {plane.width, plane.shift,
-            side == Side::key ? plane.padded_channels / (4 * fields) : kTileRows / (4 * fields)};
-}
-
 } // namespace
 
 uint64_t make_tag(const Tag& tag) {
@@ -102,7 +96,7 @@ void scatter_codes(Store::Impl& impl, int64_t row, int kv_head, const uint8_t* c
     const int r = static_cast<int>(row % kTileRows);
     for (int p = 0; p < impl.tile.n_planes; ++p) {
         const Plane& plane = impl.tile.planes[p];
-        const PlaneShape shape = plane_shape(impl.tile.side, plane);
+        const PlaneShape& shape = impl.plane_shapes[p];
         if (impl.tile.side == Side::key) {
             impl.kernels->put_key_row(tile + plane.offset, shape, r, codes);
         } else {
@@ -127,41 +121,73 @@ void gather_codes(const Store::Impl& impl, int64_t row, int kv_head, uint8_t* co
     }
 }
 
-void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes) {
-    if (impl.options.emulate_q4_0) {
-        emulate_q4_0(impl, row, kv_head, h);
+void RowEncoder::add(int64_t row, int kv_head) {
+    Store::Impl& m = impl_;
+    if (m.options.emulate_q4_0) {
+        emulate_q4_0(m, row, kv_head, next());
         return;
     }
-    alignas(64) float y[kMaxHeadSize];
-    alignas(64) uint8_t codes[kMaxHeadSize + 32];
-    const EncodeTable& table = encode_table(impl.options.bits);
-    const KernelRule rule = impl.shape.side == Side::key ? KernelRule::unbiased : KernelRule::matched;
-    const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(impl.shape.head_size);
-    const float* mu = impl.conditioner.constant_mean().data() + head_at;
-    alignas(64) float own_mean[kMaxHeadSize + kConditionerPadding];
-    if (impl.conditioner.turns()) {
-        if (const int entry = impl.row_entry(row); entry == impl.mean_entry) {
-            mu = impl.mean.data() + head_at;
+    const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(m.shape.head_size);
+    const float* mu = m.conditioner.constant_mean().data() + head_at;
+    if (m.conditioner.turns()) {
+        if (const int entry = m.row_entry(row); entry == m.mean_entry) {
+            mu = m.mean.data() + head_at;
         } else {
-            impl.conditioner.head_mean(kv_head, entry, own_mean);
-            std::fill_n(own_mean + impl.shape.head_size, kConditionerPadding, 0.0F);
-            mu = own_mean;
+            if (entry != mean_entry_ || kv_head != mean_head_) {
+                uint16_t* const added = next();
+                if (n_ > 0) { // earlier rows wait with the other mean
+                    flush();
+                    std::copy_n(added, m.shape.head_size + kVectorPadding, next());
+                }
+                m.conditioner.head_mean(kv_head, entry, mean_);
+                std::fill_n(mean_ + m.shape.head_size, kConditionerPadding, 0.0F);
+                mean_entry_ = entry;
+                mean_head_ = kv_head;
+            }
+            mu = mean_;
         }
     }
-    const float* const factor = impl.conditioner.encode_factor().data() + head_at;
-    uint16_t* const scales = impl.tile_scales(kv_head, row / kTileRows) + row % kTileRows;
-    for (int b = 0; b < impl.n_blocks; ++b) {
-        const RotationBlock& block = impl.rotation.blocks()[static_cast<size_t>(b)];
-        impl.kernels->condition(h + block.offset, mu + block.offset, factor + block.offset, block.size, y);
-        impl.kernels->hadamard(y, block.size, false);
-        // Writes the block's padding too, which the next block's codes then cover.
-        const uint8_t note =
-            impl.kernels->encode(y, block.size, table, rule, codes + block.offset, scales + b * kTileRows);
-        notes.saturated += note & static_cast<uint8_t>(EncodeNote::saturated);
-        notes.nonfinite += (note & static_cast<uint8_t>(EncodeNote::nonfinite)) != 0 ? 1U : 0U;
+    row_[n_] = row;
+    head_[n_] = kv_head;
+    mu_[n_] = mu;
+    if (++n_ == kEncodeItems) {
+        flush();
     }
-    std::fill(codes + impl.shape.head_size, codes + round_up(impl.shape.head_size, 32), uint8_t{0});
-    scatter_codes(impl, row, kv_head, codes);
+}
+
+void RowEncoder::flush() {
+    Store::Impl& m = impl_;
+    const KernelRule rule = m.shape.side == Side::key ? KernelRule::unbiased : KernelRule::matched;
+    EncodeItem items[kEncodeItems];
+    for (int b = 0; b < m.n_blocks && n_ > 0; ++b) {
+        const RotationBlock& block = m.rotation.blocks()[static_cast<size_t>(b)];
+        for (int i = 0; i < n_; ++i) {
+            const ptrdiff_t head_at = static_cast<ptrdiff_t>(head_[i]) * m.shape.head_size;
+            items[i].h = h_[i] + block.offset;
+            items[i].mu = mu_[i] + block.offset;
+            items[i].factor = m.conditioner.encode_factor().data() + head_at + block.offset;
+            // The block's padding is written too; the next block's codes then cover it.
+            items[i].codes = codes_[i] + block.offset;
+            items[i].scale = m.tile_scales(head_[i], row_[i] / kTileRows) + row_[i] % kTileRows + b * kTileRows;
+        }
+        m.kernels->encode_rows(items, n_, block.size, *m.encode_table, rule);
+        for (int i = 0; i < n_; ++i) {
+            notes_.saturated += items[i].note & static_cast<uint8_t>(EncodeNote::saturated);
+            notes_.nonfinite += (items[i].note & static_cast<uint8_t>(EncodeNote::nonfinite)) != 0 ? 1U : 0U;
+        }
+    }
+    for (int i = 0; i < n_; ++i) {
+        std::fill(codes_[i] + m.shape.head_size, codes_[i] + round_up(m.shape.head_size, 32), uint8_t{0});
+        scatter_codes(m, row_[i], head_[i], codes_[i]);
+    }
+    n_ = 0;
+}
+
+void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes) {
+    RowEncoder encoder(impl, notes);
+    std::copy_n(h, round_up(impl.shape.head_size, kVectorPadding) + kVectorPadding, encoder.next());
+    encoder.add(row, kv_head);
+    encoder.flush();
 }
 
 // A block of 32 as q4_0 stores it: the largest magnitude becomes -8, the rest are rounded to steps of an eighth of it.

@@ -42,8 +42,38 @@ void round_head(const Store::Impl& impl, const float* x, uint16_t* h, HeadNotes&
 // Clears the bits that a tag may take, which codes never depend on.
 void clear_tag_bits(const Store::Impl& impl, int kv_head, uint16_t* h);
 
-// Codes and scales of one head's row from its fp16 values (finite, tag bits cleared, zeros up to 32 elements behind
-// the head). Rows of one tile and head must not be written concurrently. Takes the mean of the row's entry.
+// Codes and scales of heads' rows from their fp16 values, several at a time, which the kernels like. Rows of one tile and
+// head must not be written concurrently. Takes the mean of each row's entry.
+class RowEncoder {
+public:
+    // Both must outlive it.
+    RowEncoder(Store::Impl& impl, HeadNotes& notes) : impl_(impl), notes_(notes) {}
+    RowEncoder(const RowEncoder&) = delete;
+    RowEncoder& operator=(const RowEncoder&) = delete;
+
+    // Where the next row's fp16 values go: finite, tag bits cleared, zeros up to 32 elements behind the head.
+    uint16_t* next() { return h_[n_]; }
+    // Takes what next() gave; it may be encoded later.
+    void add(int64_t row, int kv_head);
+    // Encodes what waits. To be called at the end.
+    void flush();
+
+private:
+    Store::Impl& impl_;
+    HeadNotes& notes_;
+    int n_ = 0;
+    int64_t row_[kEncodeItems];
+    int head_[kEncodeItems];
+    const float* mu_[kEncodeItems];
+    // The mean of one head and entry that the store does not hold.
+    int mean_entry_ = -1;
+    int mean_head_ = -1;
+    alignas(64) float mean_[kMaxHeadSize + kConditionerPadding];
+    alignas(64) uint16_t h_[kEncodeItems][kMaxHeadSize + 2 * kVectorPadding];
+    alignas(64) uint8_t codes_[kEncodeItems][kMaxHeadSize + 32];
+};
+
+// One row, `h` as above.
 void encode_head(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h, HeadNotes& notes);
 
 // Instead of codes: the fp16 row as llama.cpp's q4_0 would give it back (StoreOptions::emulate_q4_0).

@@ -206,6 +206,13 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
         if (m.coded()) {
             m.tile = make_tile_layout(shape.side, m.options.bits, shape.head_size);
             m.n_blocks = static_cast<int>(m.rotation.blocks().size());
+            m.encode_table = &encode_table(m.options.bits);
+            for (int p = 0; p < m.tile.n_planes; ++p) {
+                const Plane& plane = m.tile.planes[p];
+                const int fields = 8 / plane.width;
+                m.plane_shapes[p] = {plane.width, plane.shift,
+                                     (shape.side == Side::key ? plane.padded_channels : kTileRows) / (4 * fields)};
+            }
         }
         if (m.options.emulate_q4_0) {
             // llama.cpp rotates keys over the head and values in parts of 64.
@@ -279,7 +286,7 @@ void write_plain_head(Store::Impl& m, int64_t row, int kv_head, const float* x, 
     }
 }
 
-void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
+void write_head(const Batch& batch, int64_t i, int kv_head, RowEncoder& encoder, HeadNotes& notes) {
     Store::Impl& m = *batch.impl;
     const int head_size = m.shape.head_size;
     const int head_at = kv_head * head_size;
@@ -289,7 +296,7 @@ void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
         write_plain_head(m, row, kv_head, x, notes);
         return;
     }
-    alignas(64) uint16_t h[kMaxHeadSize + 2 * kVectorPadding];
+    uint16_t* const h = encoder.next();
     round_head(m, x, h, notes);
     uint16_t* const slot = i >= batch.first_in_ring
                                ? m.raw(m.batch_slots[static_cast<size_t>(i - batch.first_in_ring)]) + head_at
@@ -301,7 +308,7 @@ void write_head(const Batch& batch, int64_t i, int kv_head, HeadNotes& notes) {
             std::memcpy(to, h, static_cast<size_t>(head_size) * sizeof(uint16_t));
         }
     }
-    encode_head(m, row, kv_head, h, notes);
+    encoder.add(row, kv_head);
 }
 
 // All heads of all rows. Tasks are (head, tiles t with t % parts == part): a tile of a head belongs to one task.
@@ -309,11 +316,13 @@ void run_batch(const Batch& batch, const ParallelFor& parallel, StoreCounters& c
     const int heads = batch.impl->shape.kv_heads;
     if (batch.n * heads < kParallelParts || parallel.run == nullptr || parallel.n_workers <= 1) {
         HeadNotes notes;
+        RowEncoder encoder(*batch.impl, notes);
         for (int64_t i = 0; i < batch.n; ++i) {
             for (int head = 0; head < heads; ++head) {
-                write_head(batch, i, head, notes);
+                write_head(batch, i, head, encoder, notes);
             }
         }
+        encoder.flush();
         counters.saturated += notes.saturated;
         counters.nonfinite += notes.nonfinite;
         return;
@@ -326,11 +335,13 @@ void run_batch(const Batch& batch, const ParallelFor& parallel, StoreCounters& c
         const int head = static_cast<int>(task / parts);
         const int64_t part = task % parts;
         HeadNotes notes;
+        RowEncoder encoder(*batch.impl, notes);
         for (int64_t i = 0; i < batch.n; ++i) {
             if (batch.index[i] / kTileRows % parts == part) {
-                write_head(batch, i, head, notes);
+                write_head(batch, i, head, encoder, notes);
             }
         }
+        encoder.flush();
         saturated += notes.saturated;
         nonfinite += notes.nonfinite;
     });

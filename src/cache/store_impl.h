@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cache/conditioner.h"
+#include "codec/kernels.h"
 #include "turboquant/store.h"
 
 #include <cstdint>
@@ -9,8 +10,6 @@
 #include <vector>
 
 namespace turboquant {
-
-struct CodecKernels; // codec/kernels.h
 
 // Anonymous zero pages, 64-byte aligned at least; reserved, not touched.
 class PageMemory {
@@ -39,6 +38,8 @@ struct Store::Impl {
     Rotation rotation;
     const Codebook* book = nullptr; // null for pass-through
     TileLayout tile;
+    PlaneShape plane_shapes[2]; // of the tile's planes
+    const EncodeTable* encode_table = nullptr;
     int64_t n_tiles = 0; // ceil(rows / 64)
     int n_blocks = 0;    // rotation blocks = scales a row and head
     PageMemory codes;    // [kv_head][n_tiles][tile.tile_bytes]

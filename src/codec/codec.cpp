@@ -43,6 +43,30 @@ struct Stretch {
 };
 constexpr Stretch kStretch[] = {{}, {}, {}, {.28F, 1.8F, .8F}, {.40F, 2.2F, .6F}, {.36F, 2.8F, .4F}, {.32F, 2.8F, .4F}};
 
+// The thresholds as a tree (EncodeTable::tree).
+void make_search(const Codebook& book, EncodeTable& table) {
+    const int steps = book.bits - 1;
+    // Of the comparisons so far; the first is the index's highest bit.
+    const auto index_of = [steps](int path, int n) {
+        int index = 0;
+        for (int i = 0; i < n; ++i) {
+            index |= (path >> i & 1) << (steps - 1 - i);
+        }
+        return index;
+    };
+    for (int step = 0; step < steps; ++step) {
+        for (int lane = 0; lane < 16; ++lane) { // entries repeat, so that a vector of any width finds its own
+            const int path = lane & ((1 << step) - 1);
+            table.tree[step][lane] = table.threshold[index_of(path, step) + (1 << (steps - 1 - step)) - 1];
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        const int index = index_of(lane & ((1 << steps) - 1), steps);
+        table.leaf_index[lane] = index;
+        table.leaf_level[lane] = book.level[index];
+    }
+}
+
 EncodeTable make_encode_table(const Codebook& book) {
     EncodeTable table;
     table.bits = book.bits;
@@ -60,6 +84,7 @@ EncodeTable make_encode_table(const Codebook& book) {
         table.threshold[k] = static_cast<float>(low + high) / (2.0F * book.unit);
         table.step[k] = (1 << 8) + high - low;
     }
+    make_search(book, table);
     return table;
 }
 

@@ -27,9 +27,25 @@ struct EncodeTable {
     float stretch_growth = 0;
     // What crossing threshold k adds to (m << 8 | level[m]): one sum gives the index and the integer of the codebook.
     int32_t step[31] = {};
+    // The same as a binary search. Comparison i (of bits - 1, i = 0 first) is with tree[i][path], bit j of `path` being
+    // what comparison j found; leaf_index and leaf_level [path of all] are the index and the codebook's integer.
+    alignas(64) float tree[5][16] = {};
+    alignas(64) int32_t leaf_index[32] = {};
+    alignas(64) float leaf_level[32] = {};
 };
 
 enum class KernelRule : int { unbiased, matched, mmse };
+
+// One block to encode. h, mu, factor: as for condition(); codes: room for the padding.
+struct EncodeItem {
+    const uint16_t* h;
+    const float* mu;
+    const float* factor;
+    uint8_t* codes;
+    uint16_t* scale;
+    uint8_t note; // out: an EncodeNote's value
+};
+inline constexpr int kEncodeItems = 8;
 
 struct PlaneShape {
     int width;
@@ -49,6 +65,8 @@ struct CodecKernels {
     // One rotated block: see encode_block. codes: room for the padding. Returns an EncodeNote's value.
     uint8_t (*encode)(const float* y, int n, const EncodeTable& table, KernelRule rule, uint8_t* codes,
                       uint16_t* scale);
+    // condition(), hadamard() and encode() of `count` blocks of n elements each, bit for bit. Best by kEncodeItems.
+    void (*encode_rows)(EncodeItem* items, int count, int n, const EncodeTable& table, KernelRule rule);
     // Writes one row's codes (padded with zeros to 32) into a plane of a tile.
     void (*put_key_row)(uint8_t* plane, const PlaneShape& shape, int row, const uint8_t* codes);
     void (*put_value_row)(uint8_t* plane, const PlaneShape& shape, int channels, int row, const uint8_t* codes);
