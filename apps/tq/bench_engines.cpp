@@ -131,7 +131,7 @@ public:
         const int value_bits = first.values->options().bits;
         const bool plain = key_bits == 16 && value_bits == 16;
         name = plain ? "reference" : "turboquant";
-        layout = plain ? "token-major" : "tiles";
+        layout = plain ? "head-major" : "tiles";
         isa = isa_name(which);
         kv = plain ? "f16" : fmt::format("{}/{}", key_bits, value_bits);
         layers = static_cast<int64_t>(stores_->size());

@@ -191,6 +191,7 @@ nlohmann::ordered_json ModelBench::row(const Point& point, const nlohmann::order
                              : !kv.profile.empty()                 ? "profile"
                              : kv.calibrate.value_or(true)         ? "first rows"
                                                                    : "none";
+    result["file"] = model_->plan().path;
     result["weight_bytes"] = model_->plan().weight_bytes;
     result["parameters"] = model_->plan().parameters;
     return result;

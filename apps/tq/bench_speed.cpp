@@ -66,6 +66,7 @@ private:
             Json figures = {{"tok_s", speed.median}, {"tok_s_sd", speed.deviation}};
             figures[decode_ ? "tokens" : "prompt"] = length;
             figures["rounds"] = rounds;
+            figures["tok_s_rounds"] = speeds[i];
             objects_.push_back(bench_->row(points[i], figures, length));
             std::vector<std::string> cells = bench_->cells(points[i], length);
             cells.insert(cells.end(), {test(length) + ModelBench::depth_words(points[i].depth),
