@@ -437,7 +437,7 @@ TEST(AttentionErrors, InstructionSetsThatAreNotHere) {
     Fixture setup({.rows = 64});
     AttentionWorkspace workspace;
     std::vector<float> out;
-    for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::neon}) {
+    for (const Isa isa : {Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vbmi, Isa::neon}) {
         const auto& here = available_isas();
         if (std::find(here.begin(), here.end(), isa) == here.end()) {
             EXPECT_EQ(attend(setup.k(), setup.v(), setup.call(out), workspace, {}, isa).code(),

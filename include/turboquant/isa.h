@@ -8,9 +8,10 @@
 
 namespace turboquant {
 
-// portable: plain C++, whatever the compiler's baseline is. avx2: AVX2 + FMA + F16C. avx512: AVX-512 F/BW/DQ/VL + VNNI.
-// neon: AArch64 Advanced SIMD. All of them store the same codes; attention results differ by rounding only.
-enum class Isa { portable, avx2, avx512, neon };
+// portable: plain C++, whatever the compiler's baseline is. avx2: AVX2 + FMA + F16C. avxvnni: that and AVX-VNNI.
+// avx512: AVX-512 F/BW/DQ/VL + VNNI. avx512vbmi: that and VBMI. neon: AArch64 Advanced SIMD. All of them store the same
+// codes; attention results differ by rounding only.
+enum class Isa { portable, avx2, avxvnni, avx512, avx512vbmi, neon };
 
 std::string_view isa_name(Isa isa);
 

@@ -19,7 +19,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint16_t kHalfMinusInfinity = 0xfc00;
 
-void fill_tables(const Codebook& book, LevelTables& t) {
+void fill_tables(const Codebook& book, Side side, const Kernels& kernels, LevelTables& t) {
     t = {};
     for (int code = 0; code < (1 << book.bits); ++code) {
         t.level[code] =
@@ -30,6 +30,9 @@ void fill_tables(const Codebook& book, LevelTables& t) {
     }
     for (int m = 0; m < book.n_levels; ++m) {
         t.magnitude[m] = book.level[m];
+    }
+    if (kernels.fill_decode_tables != nullptr) {
+        kernels.fill_decode_tables(book.bits, side, t);
     }
 }
 
@@ -93,6 +96,16 @@ private:
             }
             const int first = first_entry_of(begin);
             body(first, end_entry_of(i - 1) - first);
+        }
+    }
+
+    // Calls body(first entry, count) for even portions of n entries, as many at once as the integer kernels take.
+    template <class Body>
+    void for_portions(int first, int n, Body&& body) const {
+        const int portions = (n + kernels_.max_heads - 1) / kernels_.max_heads;
+        for (int i = 0; i < portions; ++i) {
+            const int begin = n * i / portions;
+            body(first + begin, n * (i + 1) / portions - begin);
         }
     }
 
@@ -411,12 +424,12 @@ void Task::score(int64_t tile) {
     const Store::Impl& k = *plan_.k;
     if (plan_.int_keys) {
         for_seeing_runs([&](int first, int n) {
-            for (int m = first; m < first + n; m += kMaxHeads) {
-                kernels_.int_scores(
-                    k.tile, work_.key_tables, k.tile_codes(kv_head_, tile), k.tile_scales(kv_head_, tile),
-                    s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld, s_.query_mul + m,
-                    s_.query_sum + m, std::min(kMaxHeads, first + n - m), s_.scores + m * kTileRows);
-            }
+            for_portions(first, n, [&](int m, int heads) {
+                kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, tile),
+                                    k.tile_scales(kv_head_, tile),
+                                    s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld,
+                                    s_.query_mul + m, s_.query_sum + m, heads, s_.scores + m * kTileRows);
+            });
         });
     } else {
         load_key_tile(k, work_.key_tables, tile, s_.key_tile);
@@ -517,12 +530,11 @@ void Task::add_values(int64_t tile) {
                                       s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m);
         }
         for_seeing_runs([&](int first, int n) {
-            for (int m = first; m < first + n; m += kMaxHeads) {
+            for_portions(first, n, [&](int m, int heads) {
                 kernels_.int_values(v.tile, work_.value_tables, v.tile_codes(kv_head_, tile),
                                     s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m,
-                                    s_.rescale + m, std::min(kMaxHeads, first + n - m),
-                                    sums_.coded + static_cast<int64_t>(m) * ld, ld);
-            }
+                                    s_.rescale + m, heads, sums_.coded + static_cast<int64_t>(m) * ld, ld);
+            });
         });
         return;
     }
@@ -598,12 +610,17 @@ void finish(const Plan& plan, const AttentionWorkspace::Impl& work, Scratch& s, 
 }
 
 void prepare(const Plan& plan, AttentionWorkspace::Impl& work, int n_workers) {
+    if (work.kernels != plan.kernels) {
+        work.kernels = plan.kernels;
+        work.key_bits = 0;
+        work.value_bits = 0;
+    }
     if (plan.k->book != nullptr && work.key_bits != plan.k->options.bits) {
-        fill_tables(*plan.k->book, work.key_tables);
+        fill_tables(*plan.k->book, Side::key, *plan.kernels, work.key_tables);
         work.key_bits = plan.k->options.bits;
     }
     if (plan.v->book != nullptr && work.value_bits != plan.v->options.bits) {
-        fill_tables(*plan.v->book, work.value_tables);
+        fill_tables(*plan.v->book, Side::value, *plan.kernels, work.value_tables);
         work.value_bits = plan.v->options.bits;
     }
     const bool exact_keys = !work.exact_keys.empty();

@@ -27,8 +27,14 @@ const Kernels* find_kernels(Isa isa) {
 #ifdef TURBOQUANT_HAVE_AVX2
     case Isa::avx2: return &avx2_kernels();
 #endif
+#ifdef TURBOQUANT_HAVE_AVXVNNI
+    case Isa::avxvnni: return &avxvnni_kernels();
+#endif
 #ifdef TURBOQUANT_HAVE_AVX512
     case Isa::avx512: return &avx512_kernels();
+#endif
+#ifdef TURBOQUANT_HAVE_AVX512VBMI
+    case Isa::avx512vbmi: return &avx512vbmi_kernels();
 #endif
 #ifdef __aarch64__
 #ifdef TURBOQUANT_HAVE_NEON_DOT

@@ -22,14 +22,15 @@ struct RowState {
 // At most this part of a query head's probability is left out by skipping tiles that cannot matter.
 inline constexpr float kNegligible = 1e-6f;
 
-// Query heads that one call of the integer kernels takes.
-inline constexpr int kMaxHeads = 8;
+// Head sizes up to here: beyond, 32-bit sums of the integer kernels could overflow.
+inline constexpr int kMaxIntHead = 512;
 
 // Levels of a codebook in the forms that kernels look up.
 struct LevelTables {
     float level[256] = {};                 // by stored code
     alignas(64) int8_t magnitude[32] = {}; // by the magnitude bits of a sign-magnitude code
     alignas(64) int8_t value[16] = {};     // by stored code, for up to 4 bits
+    alignas(64) int8_t decode[3][64] = {}; // the instruction set's own: fill_decode_tables
 };
 
 // One 4-channel word of a quantised query, or one 4-row word of quantised probabilities: two dwords whose meaning
@@ -66,9 +67,12 @@ struct Kernels {
     bool (*softmax)(float* s, float add, float softcap, const float* bias, float bias_scale, RowState& state);
 
     // ---- integer tiles: one rotation block; null where the instruction set has none ---------------------------------
+    int max_heads; // query heads that one call takes
+    // tables.decode from its other members; once for a codebook, before the functions below.
+    void (*fill_decode_tables)(int bits, Side side, LevelTables& tables);
     // q[n] -> words[round_up(n, 32)/4]; q = mul * integer; sum of the integers goes to sum.
     void (*quantise_query)(const float* q, int n, IntWord* words, float* mul, int32_t* sum);
-    // s[h*64 + row] = <query h, codes of row> * mul[h] * scales[row]; heads <= kMaxHeads; words of head h at
+    // s[h*64 + row] = <query h, codes of row> * mul[h] * scales[row]; heads <= max_heads; words of head h at
     // q + h*q_stride. `ahead` bytes behind the tile's end may be prefetched.
     void (*int_scores)(const TileLayout& tile, const LevelTables& tables, const uint8_t* codes, const uint16_t* scales,
                        const IntWord* q, int q_stride, const float* mul, const int32_t* sum, int heads, float* s);
@@ -83,7 +87,9 @@ struct Kernels {
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512vbmi_kernels();
 const Kernels& neon_kernels();
 
 // nullptr: not compiled into this library.

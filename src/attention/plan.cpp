@@ -9,7 +9,6 @@ namespace turboquant::attention {
 namespace {
 
 constexpr int64_t kMinSplitTiles = 4;   // a merge costs about as much as one tile
-constexpr int kMaxIntHead = 512;        // beyond, 32-bit sums of the integer kernels could overflow
 constexpr int kChunkFloats = 16 * 1024; // of one task's queries: they and their sums stay in the second-level cache
 
 std::string shape_text(const Store& s) {

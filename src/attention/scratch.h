@@ -159,7 +159,8 @@ struct AttentionWorkspace::Impl {
     std::vector<attention::Sums> partials; // [kv_head][split], each of all entries
     attention::ExactRows exact_keys;
     attention::ExactRows exact_values;
-    int key_bits = 0; // that the tables are for
+    const attention::Kernels* kernels = nullptr; // that the tables are for
+    int key_bits = 0;
     int value_bits = 0;
 };
 

@@ -16,10 +16,20 @@ if(TURBOQUANT_COMPILER_AVX2)
     set_source_files_properties(attention/kernels_avx2.cpp PROPERTIES COMPILE_OPTIONS
         "-ffp-contract=fast;-mavx2;-mfma;-mf16c")
 endif()
+if(TURBOQUANT_COMPILER_AVX2 AND TURBOQUANT_COMPILER_AVXVNNI)
+    target_sources(turboquant PRIVATE attention/kernels_avxvnni.cpp)
+    set_source_files_properties(attention/kernels_avxvnni.cpp PROPERTIES COMPILE_OPTIONS
+        "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavxvnni")
+endif()
 if(TURBOQUANT_COMPILER_AVX2 AND TURBOQUANT_COMPILER_AVX512)
     target_sources(turboquant PRIVATE attention/kernels_avx512.cpp)
     set_source_files_properties(attention/kernels_avx512.cpp PROPERTIES COMPILE_OPTIONS
         "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512")
+endif()
+if(TURBOQUANT_COMPILER_AVX512 AND TURBOQUANT_COMPILER_AVX512VBMI)
+    target_sources(turboquant PRIVATE attention/kernels_avx512vbmi.cpp)
+    set_source_files_properties(attention/kernels_avx512vbmi.cpp PROPERTIES COMPILE_OPTIONS
+        "-ffp-contract=fast;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mavx512vbmi;-mprefer-vector-width=512")
 endif()
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
     include(CheckCXXCompilerFlag)

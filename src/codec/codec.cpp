@@ -126,12 +126,12 @@ KernelRule kernel_rule(ScaleRule rule) {
 
 const CodecKernels& codec_kernels([[maybe_unused]] Isa isa) {
 #if defined(TURBOQUANT_HAVE_AVX512)
-    if (isa == Isa::avx512) {
+    if (isa == Isa::avx512 || isa == Isa::avx512vbmi) {
         return kernels_avx512::kKernels;
     }
 #endif
 #if defined(TURBOQUANT_HAVE_AVX2)
-    if (isa == Isa::avx2) {
+    if (isa == Isa::avx2 || isa == Isa::avxvnni) {
         return kernels_avx2::kKernels;
     }
 #endif

@@ -12,7 +12,8 @@ namespace turboquant {
 
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon};
+constexpr Isa kAllIsas[] = {Isa::portable,   Isa::avx2, Isa::avxvnni, Isa::avx512,
+                              Isa::avx512vbmi, Isa::neon};
 
 #if defined(__x86_64__)
 bool has_f16c() {
@@ -22,6 +23,14 @@ bool has_f16c() {
     unsigned c = 0;
     unsigned d = 0;
     return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1U << 29)) != 0;
+}
+
+[[maybe_unused]] bool has_avxvnni() { // its registers are AVX2's
+    unsigned a = 0;
+    unsigned b = 0;
+    unsigned c = 0;
+    unsigned d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1U << 4)) != 0;
 }
 #endif
 
@@ -33,11 +42,21 @@ std::vector<Isa> detect() {
 #if defined(TURBOQUANT_HAVE_AVX2)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
         isas.push_back(Isa::avx2);
+#if defined(TURBOQUANT_HAVE_AVXVNNI)
+        if (has_avxvnni()) {
+            isas.push_back(Isa::avxvnni);
+        }
+#endif
 #if defined(TURBOQUANT_HAVE_AVX512)
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512vnni")) {
             isas.push_back(Isa::avx512);
+#if defined(TURBOQUANT_HAVE_AVX512VBMI)
+            if (__builtin_cpu_supports("avx512vbmi")) {
+                isas.push_back(Isa::avx512vbmi);
+            }
+#endif
         }
 #endif
     }
@@ -92,7 +111,9 @@ std::string_view isa_name(Isa isa) {
     switch (isa) {
     case Isa::portable: return "portable";
     case Isa::avx2: return "avx2";
+    case Isa::avxvnni: return "avxvnni";
     case Isa::avx512: return "avx512";
+    case Isa::avx512vbmi: return "avx512vbmi";
     case Isa::neon: return "neon";
     }
     return "unknown";
