@@ -17,7 +17,6 @@ namespace attention {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr uint16_t kHalfMinusInfinity = 0xfc00;
 
 void fill_tables(const Codebook& book, Side side, const Kernels& kernels, LevelTables& t) {
     t = {};
@@ -52,7 +51,7 @@ public:
           first_query_(first / plan.group),
           n_queries_(static_cast<int>((first + count - 1) / plan.group - first_query_ + 1)) {}
 
-    void run(int64_t first_tile, int64_t end_tile) {
+    void run(const int32_t* tiles, int64_t n_tiles) {
         load_queries();
         for (int m = 0; m < count_; ++m) {
             sums_.row[m] = {-kInfinity, 0, 0, 0, 1};
@@ -62,12 +61,12 @@ public:
         if (!work_.exact_values.empty()) {
             std::fill_n(sums_.exact, floats, 0.0f);
         }
-        for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-            if (look(tile)) {
-                score(tile);
-                if (weigh()) {
-                    add_values(tile);
-                }
+        for (int64_t i = 0; i < n_tiles; ++i) {
+            const int64_t tile = tiles[i];
+            look(tile);
+            score(tile);
+            if (weigh()) {
+                add_values(tile);
             }
         }
     }
@@ -99,6 +98,20 @@ private:
         }
     }
 
+    // Calls body(first entry, count) for each run of entries that have probabilities in the tile.
+    template <class Body>
+    void for_live_runs(Body&& body) const {
+        for (int m = 0; m < count_; ++m) {
+            const int begin = m;
+            while (m < count_ && s_.live[m] != 0) {
+                ++m;
+            }
+            if (m > begin) {
+                body(begin, m - begin);
+            }
+        }
+    }
+
     // Calls body(first entry, count) for even portions of n entries, as many at once as the integer kernels take.
     template <class Body>
     void for_portions(int first, int n, Body&& body) const {
@@ -110,7 +123,7 @@ private:
     }
 
     void load_queries();
-    bool look(int64_t tile);
+    void look(int64_t tile);
     void score(int64_t tile);
     void set_means(int64_t tile);
     void override_exact_scores(int64_t tile, size_t begin, size_t end);
@@ -186,38 +199,22 @@ void Task::load_queries() {
     }
 }
 
-// Reads the mask of a tile, before anything else of it. False: nobody sees it.
-bool Task::look(int64_t tile) {
+// What the task's queries see of a tile, and the mask where that takes it.
+void Task::look(int64_t tile) {
     const int64_t row = tile * kTileRows;
     const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - row));
-    bool any = false;
     for (int i = 0; i < n_queries_; ++i) {
-        float* bias = s_.bias + i * kTileRows;
-        Sight sight = Sight::clear;
-        if (call_.mask != nullptr) {
-            const uint16_t* mask = call_.mask + (first_query_ + i) * call_.mask_query_stride + row;
-            unsigned zero = 1;
-            unsigned hidden = 1;
-            for (int r = 0; r < valid; ++r) {
-                zero &= mask[r] == 0;
-                hidden &= mask[r] == kHalfMinusInfinity;
-            }
-            sight = hidden != 0 ? Sight::hidden : zero != 0 ? Sight::clear : Sight::mixed;
-            if (sight == Sight::mixed) {
-                kernels_.half_to_float(mask, bias, valid);
-            }
-        }
-        if (valid < kTileRows && sight != Sight::hidden) {
-            if (sight == Sight::clear) {
+        s_.sight[i] = work_.visibility.sight(first_query_ + i, tile);
+        if (s_.sight[i] == Sight::mixed) {
+            float* bias = s_.bias + i * kTileRows;
+            if (call_.mask == nullptr) {
                 std::fill_n(bias, valid, 0.0f);
+            } else {
+                kernels_.half_to_float(call_.mask + (first_query_ + i) * call_.mask_query_stride + row, bias, valid);
             }
             std::fill(bias + valid, bias + kTileRows, -kInfinity);
-            sight = Sight::mixed;
         }
-        s_.sight[i] = sight;
-        any |= sight != Sight::hidden;
     }
-    return any;
 }
 
 void Task::load_scales(const Store::Impl& store, int64_t tile, int block) {
@@ -511,25 +508,19 @@ void Task::add_values(int64_t tile) {
             add_exact_values(tile, begin, end);
         }
     }
-    for (int m = 0; m < count_; ++m) {
-        float* p = s_.scores + m * kTileRows;
-        if (s_.live[m] == 0) {
-            std::fill_n(p, kTileRows, 0.0f);
-        } else if (plan_.value_mean) {
-            float sum = 0;
-            for (int r = 0; r < kTileRows; ++r) {
-                sum += p[r];
-            }
-            sums_.row[m].code_sum += sum;
+    for (int m = 0; m < count_ && plan_.value_mean; ++m) {
+        const float* p = s_.scores + m * kTileRows;
+        for (int r = 0; s_.live[m] != 0 && r < kTileRows; ++r) {
+            sums_.row[m].code_sum += p[r];
         }
     }
     if (plan_.int_values) {
-        for (int m = 0; m < count_; ++m) {
-            s_.rescale[m] = sums_.row[m].rescale;
-            kernels_.quantise_weights(s_.scores + m * kTileRows, v.tile_scales(kv_head_, tile),
-                                      s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m);
-        }
-        for_seeing_runs([&](int first, int n) {
+        for_live_runs([&](int first, int n) {
+            for (int m = first; m < first + n; ++m) {
+                s_.rescale[m] = sums_.row[m].rescale;
+                kernels_.quantise_weights(s_.scores + m * kTileRows, v.tile_scales(kv_head_, tile),
+                                          s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m);
+            }
             for_portions(first, n, [&](int m, int heads) {
                 kernels_.int_values(v.tile, work_.value_tables, v.tile_codes(kv_head_, tile),
                                     s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m,
@@ -539,12 +530,12 @@ void Task::add_values(int64_t tile) {
         return;
     }
     load_value_tile(tile);
-    for (int m = 0; m < count_; ++m) {
-        if (sums_.row[m].rescale != 1) {
-            kernels_.scale(sums_.row[m].rescale, sums_.coded + static_cast<int64_t>(m) * ld, plan_.sum_size);
+    for_live_runs([&](int first, int n) {
+        for (int m = first; m < first + n; ++m) {
+            if (sums_.row[m].rescale != 1) {
+                kernels_.scale(sums_.row[m].rescale, sums_.coded + static_cast<int64_t>(m) * ld, plan_.sum_size);
+            }
         }
-    }
-    for_seeing_runs([&](int first, int n) {
         kernels_.gemm(s_.scores + first * kTileRows, kTileRows, s_.value_tile, ld,
                       sums_.coded + static_cast<int64_t>(first) * ld, ld, n, ld, kTileRows, true);
     });
@@ -657,7 +648,8 @@ void run(const Plan& plan, AttentionWorkspace::Impl& work, const ParallelFor& pa
     const bool has_exact = !work.exact_values.empty();
     parallel(plan.tasks(), [&](int64_t index, int worker) {
         const int kv_head = static_cast<int>(index / per_head);
-        const int64_t chunk = index % per_head / plan.n_splits;
+        // Causal prompts: the last chunk sees most, and is best begun first.
+        const int64_t chunk = plan.n_chunks - 1 - index % per_head / plan.n_splits;
         const int64_t split = index % plan.n_splits;
         const int64_t first = chunk * plan.chunk;
         const int count = static_cast<int>(std::min<int64_t>(plan.chunk, plan.entries - first));
@@ -669,8 +661,10 @@ void run(const Plan& plan, AttentionWorkspace::Impl& work, const ParallelFor& pa
             sums.coded += first * plan.value_ld;
             sums.exact += has_exact ? first * plan.value_ld : 0;
         }
+        const int64_t n_tiles = work.visibility.count(chunk);
+        const int64_t begin = n_tiles * split / plan.n_splits;
         Task(plan, work, scratch, kv_head, first, count, sums)
-            .run(split * plan.split_tiles, std::min(plan.n_tiles, (split + 1) * plan.split_tiles));
+            .run(work.visibility.tiles(chunk) + begin, n_tiles * (split + 1) / plan.n_splits - begin);
         if (plan.n_splits == 1) {
             for (int m = 0; m < count; ++m) {
                 finish(plan, work, scratch, kv_head, first + m, &sums, 1, m);
@@ -678,11 +672,20 @@ void run(const Plan& plan, AttentionWorkspace::Impl& work, const ParallelFor& pa
         }
     });
     if (plan.n_splits > 1) {
-        parallel(plan.k->shape.kv_heads * plan.entries, [&](int64_t index, int worker) {
+        const auto merge = [&](int64_t index, int worker) {
             const int kv_head = static_cast<int>(index / plan.entries);
             finish(plan, work, work.scratches[static_cast<size_t>(worker)], kv_head, index % plan.entries,
                    work.partials.data() + kv_head * plan.n_splits, plan.n_splits, index % plan.entries);
-        });
+        };
+        constexpr int64_t kSerialMerges = 32; // sooner done than other threads wake up
+        const int64_t merges = plan.k->shape.kv_heads * plan.entries;
+        if (merges <= kSerialMerges) {
+            for (int64_t i = 0; i < merges; ++i) {
+                merge(i, 0);
+            }
+        } else {
+            parallel(merges, merge);
+        }
     }
 }
 
@@ -695,7 +698,7 @@ Status attend(const Store& k, const Store& v, const AttentionCall& call, Attenti
     AttentionWorkspace::Impl& work = workspace.impl();
     try {
         attention::Plan plan;
-        if (Status s = attention::make_plan(k, v, call, n_workers, isa, plan); !s.ok()) {
+        if (Status s = attention::make_plan(k, v, call, isa, plan); !s.ok()) {
             return s;
         }
         if (call.n_queries == 0) {
@@ -707,6 +710,8 @@ Status attend(const Store& k, const Store& v, const AttentionCall& call, Attenti
         if (Status s = work.exact_values.collect(v, call.v_staging, call, "value"); !s.ok()) {
             return s;
         }
+        work.visibility.collect(call, plan.group, plan.chunk, plan.n_chunks, parallel);
+        attention::plan_splits(work.visibility.most(), n_workers, plan);
         attention::prepare(plan, work, n_workers);
         attention::run(plan, work, parallel);
     } catch (const std::bad_alloc&) {

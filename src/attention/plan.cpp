@@ -71,7 +71,7 @@ Status check_call(const Store& k, const Store& v, const AttentionCall& call) {
     return {};
 }
 
-Status make_plan(const Store& k, const Store& v, const AttentionCall& call, int n_workers, Isa isa, Plan& plan) {
+Status make_plan(const Store& k, const Store& v, const AttentionCall& call, Isa isa, Plan& plan) {
     if (Status s = check_call(k, v, call); !s.ok()) {
         return s;
     }
@@ -87,7 +87,6 @@ Status make_plan(const Store& k, const Store& v, const AttentionCall& call, int 
     plan.call = &call;
     plan.group = call.n_heads / k.shape().kv_heads;
     plan.entries = call.n_queries * plan.group;
-    plan.n_tiles = (call.n_rows + kTileRows - 1) / kTileRows;
 
     plan.key_size = k.shape().head_size;
     plan.value_size = call.value_size > 0 ? call.value_size : v.shape().head_size;
@@ -119,16 +118,18 @@ Status make_plan(const Store& k, const Store& v, const AttentionCall& call, int 
         plan.chunk -= plan.chunk % plan.group; // whole queries: their masks are read once
     }
     plan.n_chunks = (plan.entries + plan.chunk - 1) / plan.chunk;
-    const int64_t base = k.shape().kv_heads * plan.n_chunks;
-    const int64_t most = std::max<int64_t>(1, plan.n_tiles / kMinSplitTiles);
-    int64_t splits = 1;
-    // Either an even share for every worker, or parts small enough that uneven shares do not matter.
-    while (base > 0 && splits < most && base * splits % n_workers != 0 && base * splits < 4 * n_workers) {
-        ++splits;
-    }
-    plan.split_tiles = (plan.n_tiles + splits - 1) / splits;
-    plan.n_splits = plan.split_tiles == 0 ? 1 : (plan.n_tiles + plan.split_tiles - 1) / plan.split_tiles;
     return {};
+}
+
+void plan_splits(int64_t most_tiles, int n_workers, Plan& plan) {
+    const int64_t base = plan.k->shape.kv_heads * plan.n_chunks;
+    const int64_t most = std::max<int64_t>(1, most_tiles / kMinSplitTiles);
+    plan.n_splits = 1;
+    // Either an even share for every worker, or parts small enough that uneven shares do not matter.
+    while (base > 0 && plan.n_splits < most && base * plan.n_splits % n_workers != 0 &&
+           base * plan.n_splits < 4 * n_workers) {
+        ++plan.n_splits;
+    }
 }
 
 } // namespace turboquant::attention

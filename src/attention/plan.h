@@ -1,8 +1,8 @@
 // How one attention call is cut into tasks, and what each task needs to know. Internal: not installed.
 //
 // Per KV head the query heads of its group and the queries form one list: entry m is head m % group of query
-// m / group. A task is (KV head, chunk of that list, range of tiles); the parts of one entry that different tile
-// ranges found are merged in order afterwards.
+// m / group. A task is (KV head, chunk of that list, range of the tiles that the chunk sees); the parts of one entry that
+// different ranges found are merged in order afterwards.
 #pragma once
 
 #include "attention/exact_rows.h"
@@ -24,9 +24,7 @@ struct Plan {
     int64_t entries = 0; // n_queries * group
     int chunk = 0;       // entries a task
     int64_t n_chunks = 0;
-    int64_t n_tiles = 0;
-    int64_t n_splits = 0; // tile ranges
-    int64_t split_tiles = 0;
+    int64_t n_splits = 1; // ranges of a chunk's visible tiles
 
     int key_size = 0;
     int value_size = 0;    // channels given out
@@ -48,8 +46,10 @@ struct Plan {
     int64_t tasks() const { return k->shape.kv_heads * n_chunks * n_splits; }
 };
 
-// Checks the call and fills the plan. Errors name shapes.
-Status make_plan(const Store& k, const Store& v, const AttentionCall& call, int n_workers, Isa isa, Plan& plan);
+// Checks the call and fills the plan, all but n_splits. Errors name shapes.
+Status make_plan(const Store& k, const Store& v, const AttentionCall& call, Isa isa, Plan& plan);
+// n_splits for chunks of at most `most_tiles` visible tiles.
+void plan_splits(int64_t most_tiles, int n_workers, Plan& plan);
 // The checks alone.
 Status check_call(const Store& k, const Store& v, const AttentionCall& call);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/plan.h"
+#include "attention/visibility.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -69,13 +70,6 @@ struct Sums {
         c.take(coded, entries * plan.value_ld);
         c.take(exact, has_exact ? entries * plan.value_ld : 0);
     }
-};
-
-// What a query sees of a tile.
-enum class Sight : uint8_t {
-    hidden,
-    clear,
-    mixed, // the bias says
 };
 
 // One worker's arrays. m counts a task's entries.
@@ -159,6 +153,7 @@ struct AttentionWorkspace::Impl {
     std::vector<attention::Sums> partials; // [kv_head][split], each of all entries
     attention::ExactRows exact_keys;
     attention::ExactRows exact_values;
+    attention::Visibility visibility;
     const attention::Kernels* kernels = nullptr; // that the tables are for
     int key_bits = 0;
     int value_bits = 0;

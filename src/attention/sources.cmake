@@ -5,7 +5,8 @@ target_sources(turboquant PRIVATE
     attention/kernels.cpp
     attention/kernels_portable.cpp
     attention/plan.cpp
-    attention/reference.cpp)
+    attention/reference.cpp
+    attention/visibility.cpp)
 
 # Attention may contract a*b+c (its results differ by rounding between instruction sets anyway), the codec may not.
 set_source_files_properties(attention/kernels_portable.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=fast")
