@@ -4,6 +4,10 @@
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
 tq_add_test(tq_bits_test SOURCES tq_bits_test.cpp LIBS tq_base LABELS tq)
 tq_add_test(tq_eval_test SOURCES tq_eval_test.cpp LIBS tq_llm LABELS tq)
+if(TURBOQUANT_BUILD_PLUGIN)
+    tq_add_test(tq_bench_test SOURCES tq_bench_test.cpp LIBS tq_llm LABELS tq)
+    add_dependencies(tq_bench_test ggml-turboquant)
+endif()
 
 find_package(Python3 COMPONENTS Interpreter)
 if(NOT Python3_FOUND)
@@ -35,4 +39,11 @@ foreach(group IN ITEMS Kld Ppl Niah EvalErrors)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_eval_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
+endforeach()
+
+# tq bench, plot-decode, bench-ik.
+foreach(group IN ITEMS BenchAttention BenchEncode BenchDecode BenchPrefill BenchErrors)
+    add_test(NAME tq_${group}
+             COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_bench_test.py $<TARGET_FILE:tq> ${group})
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300)
 endforeach()

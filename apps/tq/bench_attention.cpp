@@ -98,14 +98,47 @@ public:
         }
         cold_ =
             flags.cold_mib > 0 ? int64_t{flags.cold_mib} << 20 : std::max<int64_t>(3 * last_level_cache(), 64 << 20);
+        check_selection();
+        list_shapes();
         llm::install_log(flags.bench.verbose);
         catch_interrupts();
     }
 
     int run() {
         print_note(machine_words());
+        std::unique_ptr<PureRead> read;
+        int threads = 0;
+        for (const AttentionShape& shape : shapes_) {
+            if (shape.threads != threads) {
+                threads = shape.threads;
+                read = std::make_unique<PureRead>(cold_, threads);
+            }
+            measure(shape, *read);
+        }
+        print();
+        return 0;
+    }
+
+private:
+    bool wants_ours(const llm::KvChoice& cache) const {
+        return cache.turboquant() && !cache.pass_through() && has(engines_, "turboquant");
+    }
+    bool wants_reference(const llm::KvChoice& cache) const {
+        return (cache.host_type == "f16" || cache.pass_through()) && has(engines_, "reference");
+    }
+    bool wants_ggml(const llm::KvChoice& cache) const { return !cache.turboquant() && has(engines_, "ggml"); }
+
+    void check_selection() const {
+        if (std::none_of(caches_.begin(), caches_.end(), [&](const llm::KvChoice& cache) {
+                return wants_ours(cache) || wants_reference(cache) || wants_ggml(cache);
+            })) {
+            throw llm::UsageError(
+                fmt::format("--kv {} with --engine {}: leaves nothing to measure", flags_.kv, flags_.engines));
+        }
+    }
+
+    void list_shapes() {
         for (const int64_t threads : threads_) {
-            PureRead read(cold_, static_cast<int>(threads));
             for (const int64_t head_dim : head_dims_) {
                 for (const int64_t kv_heads : kv_heads_) {
                     for (const int64_t group : groups_) {
@@ -121,20 +154,17 @@ public:
                                 shape.conditioned = flags_.conditioned;
                                 shape.mask = flags_.mask;
                                 shape.cold_bytes = cold_;
-                                measure(shape, read);
+                                check_memory(shape);
+                                shapes_.push_back(shape);
                             }
                         }
                     }
                 }
             }
         }
-        print();
-        return 0;
     }
 
-private:
     std::vector<std::unique_ptr<AttentionEngine>> make_engines(const AttentionShape& shape) const {
-        check_memory(shape);
         std::vector<std::unique_ptr<AttentionEngine>> engines;
         const auto ours = [&](int key_bits, int value_bits) {
             for (auto& engine : make_our_engines(shape, key_bits, value_bits, isas_)) {
@@ -142,13 +172,13 @@ private:
             }
         };
         for (const llm::KvChoice& cache : caches_) {
-            const bool plain = cache.host_type == "f16" || cache.pass_through();
-            if (plain && has(engines_, "reference")) {
+            if (wants_reference(cache)) {
                 ours(16, 16);
-            } else if (!plain && cache.turboquant() && has(engines_, "turboquant")) {
+            }
+            if (wants_ours(cache)) {
                 ours(cache.key_bits, cache.value_bits);
             }
-            if (!cache.turboquant() && has(engines_, "ggml")) {
+            if (wants_ggml(cache)) {
                 const ggml_type type = ggml_cache_type(cache.host_type);
                 if (shape.head_dim % ggml_blck_size(type) != 0) {
                     print_note(fmt::format("ggml's {} needs heads of a multiple of {}: left out at {}", cache.host_type,
@@ -159,10 +189,6 @@ private:
                     engines.push_back(make_ggml_engine(shape, type, layout == "head-major"));
                 }
             }
-        }
-        if (engines.empty()) {
-            throw llm::UsageError(
-                fmt::format("--kv {} with --engine {}: leaves nothing to measure", flags_.kv, flags_.engines));
         }
         return engines;
     }
@@ -313,6 +339,7 @@ private:
     std::vector<std::string> layouts_;
     std::vector<llm::KvChoice> caches_;
     int64_t cold_ = 0;
+    std::vector<AttentionShape> shapes_;
     std::vector<Json> objects_;
     std::vector<std::vector<std::string>> table_;
 };

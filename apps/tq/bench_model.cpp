@@ -79,9 +79,7 @@ ModelBench::ModelBench(const ModelBenchFlags& flags, int64_t longest) : flags_(f
     if (!flags.synthetic.empty()) {
         const llm::SyntheticShape& shape = llm::find_synthetic_shape(flags.synthetic);
         model_flags_.model = llm::synthetic_model(shape, progress(fmt::format("writing the model {}", shape.name)));
-        if (*shape.note != '\0') {
-            print_note(fmt::format("{}: {}", shape.name, shape.note));
-        }
+        note_ = shape.note;
         label_ = shape.name;
     }
     model_ = std::make_unique<EvalModel>(model_flags_);
@@ -135,6 +133,9 @@ void ModelBench::choose_conditioning() {
 void ModelBench::run(const Measure& measure) {
     const llm::CachePlan plan = model_->plan().plan(padded(depths_.back() + longest_));
     print_note(fmt::format("{}; {}", machine_words(), model_->plan().description));
+    if (!note_.empty()) {
+        print_note(fmt::format("{}: {}", label_, note_));
+    }
     const int64_t tile = flags_.prefill == "real" ? 0 : flags_.tile;
     for (const int64_t threads : threads_) {
         std::vector<std::unique_ptr<llm::DepthContext>> contexts;

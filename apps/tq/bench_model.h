@@ -66,6 +66,7 @@ private:
     EvalFlags model_flags_;
     std::unique_ptr<EvalModel> model_;
     std::string label_;
+    std::string note_; // how a synthetic model differs from its namesake
 };
 
 } // namespace turboquant::app

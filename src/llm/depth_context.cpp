@@ -135,6 +135,7 @@ void DepthContext::save() {
 
 void DepthContext::restore_tile() {
     llama_memory_t memory = llama_get_memory(ctx_.get());
+    const size_t before = llama_state_seq_get_size(ctx_.get(), 0);
     const LogCapture log;
     if (llama_state_seq_set_data(ctx_.get(), tile_.data(), tile_.size(), kCopy) != tile_.size()) {
         throw Error(fmt::format(
@@ -143,19 +144,14 @@ void DepthContext::restore_tile() {
     }
     llama_memory_seq_cp(memory, kCopy, 0, 0, -1);
     llama_memory_seq_rm(memory, kCopy, -1, -1);
-    ++copies_;
-}
-
-// A copy that is not sequence 0's is not attended to, and the figures would be those of a shorter context: a sequence's
-// state has all its cells.
-void DepthContext::check_copies() const {
-    const auto held = static_cast<double>(llama_state_seq_get_size(ctx_.get(), 0));
-    const auto one = static_cast<double>(tile_.size());
-    if (held < 0.99 * one * static_cast<double>(copies_)) {
-        throw Error(fmt::format("{}: {} copies of {} tokens were restored, but sequence 0 holds {:.2f} of them; use "
-                                "--prefill real",
-                                model_.path(), copies_, format_count(options_.tile), held / one));
+    // A copy that is not sequence 0's is not attended to, and the figures would be those of a shorter context. A sequence's
+    // state has all its cells, so it must have grown by a tile (less what is not of cells).
+    if (2 * (llama_state_seq_get_size(ctx_.get(), 0) - before) < tile_.size()) {
+        throw Error(
+            fmt::format("{}: a copy of {} tokens was restored, but sequence 0 does not hold it; use --prefill real",
+                        model_.path(), format_count(options_.tile)));
     }
+    ++copies_;
 }
 
 void DepthContext::fill(int64_t depth, const Progress& progress) {
@@ -190,7 +186,6 @@ void DepthContext::fill(int64_t depth, const Progress& progress) {
     while ((copies_ + 1) * tile <= depth) {
         restore_tile();
     }
-    check_copies();
     depth_ = copies_ * tile;
     append(depth - depth_, kBatch, {});
     end_ += static_cast<llama_pos>(depth - depth_);

@@ -59,7 +59,6 @@ private:
     void take_back();
     void save();
     void restore_tile();
-    void check_copies() const;
     std::vector<Token> random_tokens(int64_t n);
     int decode_tokens(std::vector<Token>& tokens);
 
