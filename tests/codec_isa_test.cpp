@@ -14,8 +14,7 @@ namespace {
 using testing::normals;
 
 TEST(Isa, NamesRoundTrip) {
-    for (const Isa isa :
-         {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vbmi, Isa::neon}) {
+    for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vbmi, Isa::neon}) {
         Isa parsed = Isa::portable;
         ASSERT_TRUE(parse_isa(isa_name(isa), parsed).ok());
         EXPECT_EQ(parsed, isa);

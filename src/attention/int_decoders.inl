@@ -67,9 +67,7 @@ struct Decoder<3> {
         fill_table(t.decode[2], 0, [](int i) { return (i & 1) << 2 | (i & 2) | (i & 4) << 4 | (i & 8) << 2; });
     }
     Decoder(const LevelTables& t, int)
-        : even(load_table(t.decode[0])),
-          odd(load_table(t.decode[1])),
-          places(load_table(t.decode[2])) {}
+        : even(load_table(t.decode[0])), odd(load_table(t.decode[1])), places(load_table(t.decode[2])) {}
     template <int SUB>
     Line line(Bytes low, Bytes upper) const {
         const Bytes signs = lookup(places, SUB == 0 ? low_nibble(upper) : high_nibble(upper));
@@ -144,9 +142,7 @@ struct Decoder<6> {
         fill_table(t.decode[1], 0, [&](int i) { return t.magnitude[i + 16]; });
     }
     Decoder(const LevelTables& t, int o)
-        : first(load_table(t.decode[0])),
-          second(load_table(t.decode[1])),
-          offset(splat_byte(o)) {}
+        : first(load_table(t.decode[0])), second(load_table(t.decode[1])), offset(splat_byte(o)) {}
     template <int SUB>
     Line line(Bytes low, Bytes upper) const {
         return {low, upper};

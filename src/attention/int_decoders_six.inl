@@ -54,9 +54,7 @@ struct Decoder<3> {
         fill_table(t.decode[2], 0, [](int i) { return (i & 1) << 2 | (i & 2) | (i & 4) << 4 | (i & 8) << 2; });
     }
     Decoder(const LevelTables& t, int)
-        : even(load_table(t.decode[0])),
-          odd(load_table(t.decode[1])),
-          places(load_table(t.decode[2])) {}
+        : even(load_table(t.decode[0])), odd(load_table(t.decode[1])), places(load_table(t.decode[2])) {}
     template <int SUB>
     Line line(Bytes low, Bytes upper) const {
         const Bytes signs = lookup(places, SUB == 0 ? upper : shift_right<4>(upper));
@@ -115,8 +113,10 @@ struct Decoder<5> {
         Bytes upper;
     };
     static void fill(LevelTables& t, int offset) {
-        fill_table(t.decode[0], offset, [&](int i) { return (i & 16) != 0 ? -t.magnitude[i & 15] : t.magnitude[i & 15]; });
-        fill_table(t.decode[1], offset, [&](int i) { return (i & 2) != 0 ? -t.magnitude[i >> 2] : t.magnitude[i >> 2]; });
+        fill_table(t.decode[0], offset,
+                   [&](int i) { return (i & 16) != 0 ? -t.magnitude[i & 15] : t.magnitude[i & 15]; });
+        fill_table(t.decode[1], offset,
+                   [&](int i) { return (i & 2) != 0 ? -t.magnitude[i >> 2] : t.magnitude[i >> 2]; });
     }
     Decoder(const LevelTables& t, int) : first(load_table(t.decode[0])), second(load_table(t.decode[1])) {}
     template <int SUB>

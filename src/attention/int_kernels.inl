@@ -26,7 +26,7 @@ constexpr int kGroupBytes = 2 * kLineBytes; // of a key plane: 32 rows
 constexpr int kGroupVectors = kGroupBytes / kVectorBytes;
 constexpr int kLineVectors = kLineBytes / kVectorBytes;
 constexpr int kMostWords = kMaxIntHead / 4;
-constexpr int kPrefetchBytes = 1536; // ahead in a stream; measured at 32K rows
+constexpr int kPrefetchBytes = 4096; // ahead in a stream; measured at 32K rows (docs/kernels.md)
 
 inline int32_t lane_total(Vi v) {
     int32_t lanes[kWidth];
@@ -42,6 +42,13 @@ inline int32_t lane_total(Vi v) {
 template <int INNER>
 inline const uint8_t* vector_at(const uint8_t* first, int j, int64_t outer) {
     return first + j / INNER * outer + j % INNER * kVectorBytes;
+}
+
+// Once a line; j: which of the vectors beside each other `at` is.
+TQ_INLINE void prefetch_line(const uint8_t* at, int j) {
+    if (j * kVectorBytes % kLineBytes == 0) {
+        __builtin_prefetch(at + kPrefetchBytes);
+    }
 }
 
 enum class Factor { query, weights };
@@ -69,7 +76,7 @@ TQ_INLINE void dot_words(const Codes (&codes)[N], const IntWord* words, int word
 // Fields F and following of one line.
 template <class D, Factor FACTOR, int SUB, int F, int HEADS, int N>
 TQ_INLINE void dot_fields(const D& decoder, const typename D::Line (&lines)[N], const IntWord* words, int words_stride,
-                       Sum (&sums)[N][HEADS]) {
+                          Sum (&sums)[N][HEADS]) {
     Codes codes[N];
     for (int j = 0; j < N; ++j) {
         codes[j] = operand(decoder.template get<SUB, F>(lines[j]));
@@ -91,15 +98,15 @@ struct Streams {
 // Lines SUB and following of those that share one line of the second plane.
 template <class D, Factor FACTOR, int INNER, int SUB, int HEADS, int N>
 TQ_INLINE void dot_lines(const D& decoder, const Streams& s, const Bytes (&upper)[N], int group, int groups,
-                      const IntWord* words, int words_stride, Sum (&sums)[N][HEADS]) {
+                         const IntWord* words, int words_stride, Sum (&sums)[N][HEADS]) {
     if (SUB > 0 && group + SUB >= groups) {
         return;
     }
     typename D::Line lines[N];
     for (int j = 0; j < N; ++j) {
         const uint8_t* at = vector_at<INNER>(s.low + (group + SUB) * s.stride, j, s.low_outer);
-        if (j * kVectorBytes % kLineBytes == 0) {
-            __builtin_prefetch(at + kPrefetchBytes);
+        if constexpr (!requires { D::kInCache; }) {
+            prefetch_line(at, j);
         }
         lines[j] = decoder.template line<SUB>(load_bytes(at), upper[j]);
     }
@@ -112,15 +119,13 @@ TQ_INLINE void dot_lines(const D& decoder, const Streams& s, const Bytes (&upper
 // As dot_lines, but the fields go to `out`.
 template <class D, int INNER, int SUB, int N>
 TQ_INLINE void decode_lines(const D& decoder, const Streams& s, const Bytes (&upper)[N], int group, int groups,
-                         Bytes (*out)[N]) {
+                            Bytes (*out)[N]) {
     if (SUB > 0 && group + SUB >= groups) {
         return;
     }
     for (int j = 0; j < N; ++j) {
         const uint8_t* at = vector_at<INNER>(s.low + (group + SUB) * s.stride, j, s.low_outer);
-        if (j * kVectorBytes % kLineBytes == 0) {
-            __builtin_prefetch(at + kPrefetchBytes);
-        }
+        prefetch_line(at, j);
         const typename D::Line line = decoder.template line<SUB>(load_bytes(at), upper[j]);
         out[SUB * D::kFields][j] = decoder.template get<SUB, 0>(line);
         out[SUB * D::kFields + 1][j] = decoder.template get<SUB, 1>(line);
@@ -137,12 +142,15 @@ TQ_INLINE void decode_lines(const D& decoder, const Streams& s, const Bytes (&up
 template <class D, int INNER, int N>
 TQ_INLINE void load_upper(const Streams& s, int group, Bytes (&upper)[N]) {
     for (int j = 0; j < N && D::kRatio > 1; ++j) {
-        upper[j] = load_bytes(vector_at<INNER>(s.high + group / D::kRatio * s.stride, j, s.high_outer));
+        const uint8_t* at = vector_at<INNER>(s.high + group / D::kRatio * s.stride, j, s.high_outer);
+        prefetch_line(at, j);
+        upper[j] = load_bytes(at);
     }
 }
 
 // Bytes that are decoded already.
 struct Decoded {
+    static constexpr bool kInCache = true;
     static constexpr int kFields = 1, kRatio = 1;
     using Line = Bytes;
     template <int SUB>
@@ -158,7 +166,7 @@ struct Decoded {
 // Sums over all groups for N vectors of lanes and HEADS heads.
 template <class D, Factor FACTOR, int INNER, int HEADS, int N>
 TQ_INLINE void dot_groups(const D& decoder, const Streams& s, int groups, const IntWord* words, int words_stride,
-                       Sum (&sums)[N][HEADS]) {
+                          Sum (&sums)[N][HEADS]) {
     if constexpr (D::kRatio > 1 && kDecodeFirst) {
         Bytes decoded[kMostWords][N];
         for (int group = 0; group < groups; group += D::kRatio) {
@@ -227,7 +235,8 @@ inline void value_vectors(const Decoder<BITS>& decoder, const TileLayout& tile, 
             for (int j = 0; j < N; ++j) {
                 Vi total_h = total(sums[j][h]);
                 if (kValueOffset != 0) {
-                    total_h -= static_cast<int32_t>(static_cast<uint32_t>(sum[h]) * static_cast<uint32_t>(kValueOffset));
+                    total_h -=
+                        static_cast<int32_t>(static_cast<uint32_t>(sum[h]) * static_cast<uint32_t>(kValueOffset));
                 }
                 float* to = acc + h * acc_stride + (v + j) * kWidth;
                 store(to, load(to) * rescale[h] + __builtin_convertvector(total_h, Vf) * mul[h]);

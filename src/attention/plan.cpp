@@ -8,7 +8,8 @@
 namespace turboquant::attention {
 namespace {
 
-constexpr int64_t kMinSplitTiles = 4;   // a merge costs about as much as one tile
+constexpr int64_t kMinSplitTiles = 4; // a merge costs about as much as one tile
+constexpr int64_t kFineSplitTiles = 32;
 constexpr int kChunkFloats = 16 * 1024; // of one task's queries: they and their sums stay in the second-level cache
 
 std::string shape_text(const Store& s) {
@@ -123,11 +124,17 @@ Status make_plan(const Store& k, const Store& v, const AttentionCall& call, Isa 
 
 void plan_splits(int64_t most_tiles, int n_workers, Plan& plan) {
     const int64_t base = plan.k->shape.kv_heads * plan.n_chunks;
-    const int64_t most = std::max<int64_t>(1, most_tiles / kMinSplitTiles);
+    const int64_t enough = 4 * n_workers;
+    const auto at_most = [&](int64_t least_tiles) { return std::max<int64_t>(1, most_tiles / least_tiles); };
     plan.n_splits = 1;
+    // Several tasks a worker, so that one that is held up does not hold up all; as long as a task outweighs its merge
+    // and its queries' rotation by far.
+    while (plan.n_splits < at_most(kFineSplitTiles) && base * plan.n_splits < enough) {
+        ++plan.n_splits;
+    }
     // Either an even share for every worker, or parts small enough that uneven shares do not matter.
-    while (base > 0 && plan.n_splits < most && base * plan.n_splits % n_workers != 0 &&
-           base * plan.n_splits < 4 * n_workers) {
+    while (plan.n_splits < at_most(kMinSplitTiles) && base * plan.n_splits % n_workers != 0 &&
+           base * plan.n_splits < enough) {
         ++plan.n_splits;
     }
 }

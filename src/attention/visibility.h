@@ -21,9 +21,7 @@ public:
     // `chunk`: entries a chunk; entry m is a head of query m / group (plan.h). May throw bad_alloc.
     void collect(const AttentionCall& call, int group, int64_t chunk, int64_t n_chunks, const ParallelFor& parallel);
 
-    Sight sight(int64_t query, int64_t tile) const {
-        return sights_[static_cast<size_t>(query * n_tiles_ + tile)];
-    }
+    Sight sight(int64_t query, int64_t tile) const { return sights_[static_cast<size_t>(query * n_tiles_ + tile)]; }
     // The tiles that some query of a chunk sees, in order.
     const int32_t* tiles(int64_t chunk) const { return tiles_.data() + starts_[static_cast<size_t>(chunk)]; }
     int64_t count(int64_t chunk) const {

@@ -12,8 +12,7 @@ namespace turboquant {
 
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::portable,   Isa::avx2, Isa::avxvnni, Isa::avx512,
-                              Isa::avx512vbmi, Isa::neon};
+constexpr Isa kAllIsas[] = {Isa::portable, Isa::avx2, Isa::avxvnni, Isa::avx512, Isa::avx512vbmi, Isa::neon};
 
 #if defined(__x86_64__)
 bool has_f16c() {
