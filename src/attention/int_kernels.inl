@@ -26,7 +26,6 @@ constexpr int kGroupBytes = 2 * kLineBytes; // of a key plane: 32 rows
 constexpr int kGroupVectors = kGroupBytes / kVectorBytes;
 constexpr int kLineVectors = kLineBytes / kVectorBytes;
 constexpr int kMostWords = kMaxIntHead / 4;
-constexpr int kPrefetchBytes = 4096; // ahead in a stream; measured at 32K rows (docs/kernels.md)
 
 inline int32_t lane_total(Vi v) {
     int32_t lanes[kWidth];
@@ -44,10 +43,22 @@ inline const uint8_t* vector_at(const uint8_t* first, int j, int64_t outer) {
     return first + j / INNER * outer + j % INNER * kVectorBytes;
 }
 
+// How far ahead lines are prefetched: whole tiles, so that each stream of a tile asks for its own lines, and far enough
+// for memory to answer (docs/kernels.md).
+inline int64_t prefetch_distance(const TileLayout& tile) {
+    constexpr int64_t kLeast = 3072;
+    const int64_t bytes = static_cast<int64_t>(tile.tile_bytes);
+    int64_t distance = bytes;
+    while (distance < kLeast) {
+        distance += bytes;
+    }
+    return distance;
+}
+
 // Once a line; j: which of the vectors beside each other `at` is.
-TQ_INLINE void prefetch_line(const uint8_t* at, int j) {
+TQ_INLINE void prefetch_line(const uint8_t* at, int j, int64_t distance) {
     if (j * kVectorBytes % kLineBytes == 0) {
-        __builtin_prefetch(at + kPrefetchBytes);
+        __builtin_prefetch(at + distance);
     }
 }
 
@@ -92,7 +103,8 @@ struct Streams {
     const uint8_t* high;
     int64_t low_outer;
     int64_t high_outer;
-    int stride; // bytes between groups
+    int64_t ahead; // prefetched
+    int stride;    // bytes between groups
 };
 
 // Lines SUB and following of those that share one line of the second plane.
@@ -106,7 +118,7 @@ TQ_INLINE void dot_lines(const D& decoder, const Streams& s, const Bytes (&upper
     for (int j = 0; j < N; ++j) {
         const uint8_t* at = vector_at<INNER>(s.low + (group + SUB) * s.stride, j, s.low_outer);
         if constexpr (!requires { D::kInCache; }) {
-            prefetch_line(at, j);
+            prefetch_line(at, j, s.ahead);
         }
         lines[j] = decoder.template line<SUB>(load_bytes(at), upper[j]);
     }
@@ -125,7 +137,7 @@ TQ_INLINE void decode_lines(const D& decoder, const Streams& s, const Bytes (&up
     }
     for (int j = 0; j < N; ++j) {
         const uint8_t* at = vector_at<INNER>(s.low + (group + SUB) * s.stride, j, s.low_outer);
-        prefetch_line(at, j);
+        prefetch_line(at, j, s.ahead);
         const typename D::Line line = decoder.template line<SUB>(load_bytes(at), upper[j]);
         out[SUB * D::kFields][j] = decoder.template get<SUB, 0>(line);
         out[SUB * D::kFields + 1][j] = decoder.template get<SUB, 1>(line);
@@ -143,7 +155,7 @@ template <class D, int INNER, int N>
 TQ_INLINE void load_upper(const Streams& s, int group, Bytes (&upper)[N]) {
     for (int j = 0; j < N && D::kRatio > 1; ++j) {
         const uint8_t* at = vector_at<INNER>(s.high + group / D::kRatio * s.stride, j, s.high_outer);
-        prefetch_line(at, j);
+        prefetch_line(at, j, s.ahead);
         upper[j] = load_bytes(at);
     }
 }
@@ -174,7 +186,7 @@ TQ_INLINE void dot_groups(const D& decoder, const Streams& s, int groups, const 
             load_upper<D, INNER>(s, group, upper);
             decode_lines<D, INNER, 0>(decoder, s, upper, group, groups, decoded + group * D::kFields);
         }
-        const Streams bytes = {reinterpret_cast<const uint8_t*>(decoded), nullptr, 0, 0, N * kVectorBytes};
+        const Streams bytes = {reinterpret_cast<const uint8_t*>(decoded), nullptr, 0, 0, 0, N * kVectorBytes};
         dot_groups<Decoded, FACTOR, N>(Decoded{}, bytes, groups * D::kFields, words, words_stride, sums);
     } else {
         for (int group = 0; group < groups; group += D::kRatio) {
@@ -193,12 +205,16 @@ void scores(const TileLayout& tile, const LevelTables& tables, const uint8_t* co
     const D decoder(tables, kKeyOffset);
     const int groups = tile.planes[0].padded_channels / (4 * D::kFields);
     const int high_groups = tile.n_planes > 1 ? tile.planes[1].padded_channels / (4 * D::kFields * D::kRatio) : 0;
+    const int64_t ahead = prefetch_distance(tile);
     const int64_t low_half = static_cast<int64_t>(groups) * kGroupBytes;
     const int64_t high_half = static_cast<int64_t>(high_groups) * kGroupBytes;
     for (int v = 0; v < 2 * kGroupVectors; v += kN) {
         const Streams streams = {vector_at<kGroupVectors>(codes, v, low_half),
-                                 vector_at<kGroupVectors>(codes + tile.planes[1].offset, v, high_half), low_half,
-                                 high_half, kGroupBytes};
+                                 vector_at<kGroupVectors>(codes + tile.planes[1].offset, v, high_half),
+                                 low_half,
+                                 high_half,
+                                 ahead,
+                                 kGroupBytes};
         Sum sums[kN][HEADS] = {};
         dot_groups<D, Factor::query, kGroupVectors>(decoder, streams, groups, q, q_stride, sums);
         for (int j = 0; j < kN; ++j) {
@@ -225,9 +241,13 @@ inline void value_vectors(const Decoder<BITS>& decoder, const TileLayout& tile, 
     constexpr int kLow = kGroups * kLineBytes; // of 16 channels
     constexpr int kHigh = D::kRatio == 1 ? 0 : kLow / D::kRatio;
     const int vectors = tile.planes[0].padded_channels / kWidth;
+    const int64_t ahead = prefetch_distance(tile);
     for (; v + N <= vectors; v += N) {
         const Streams streams = {vector_at<kLineVectors>(codes, v, kLow),
-                                 vector_at<kLineVectors>(codes + tile.planes[1].offset, v, kHigh), kLow, kHigh,
+                                 vector_at<kLineVectors>(codes + tile.planes[1].offset, v, kHigh),
+                                 kLow,
+                                 kHigh,
+                                 ahead,
                                  kLineBytes};
         Sum sums[N][HEADS] = {};
         dot_groups<D, Factor::weights, kLineVectors>(decoder, streams, kGroups, w, kTileRows / 4, sums);
