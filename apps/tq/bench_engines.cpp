@@ -41,8 +41,7 @@ std::vector<float> normal_numbers(size_t n, unsigned seed) {
 }
 
 void run_openmp(void* context, int64_t n_tasks, ParallelFor::Task task, void* arg) {
-    const int n_workers = *static_cast<const int*>(context);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(n_workers)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(*static_cast<const int*>(context))
     for (int64_t i = 0; i < n_tasks; ++i) {
         task(arg, i, omp_get_thread_num());
     }
@@ -278,6 +277,7 @@ std::vector<std::unique_ptr<AttentionEngine>> make_our_engines(const AttentionSh
                                                                int value_bits, const std::vector<Isa>& isas) {
     const std::shared_ptr<OurLayers> layers = make_layers(shape, key_bits, value_bits);
     std::vector<std::unique_ptr<AttentionEngine>> engines;
+    engines.reserve(isas.size());
     for (const Isa isa : isas) {
         engines.push_back(std::make_unique<OurEngine>(shape, layers, isa));
     }
