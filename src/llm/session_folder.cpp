@@ -20,12 +20,12 @@ constexpr const char* kPart = ".part";
 // Loading a token costs less than this part of reading it (docs/serve.md: about a twentieth).
 constexpr int64_t kLoadingCost = 10;
 
+} // namespace
+
 int64_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b) {
     const size_t n = std::min(a.size(), b.size());
     return std::mismatch(a.begin(), a.begin() + static_cast<int64_t>(n), b.begin()).first - a.begin();
 }
-
-} // namespace
 
 std::string SessionFolder::file_name(const std::vector<Token>& tokens) {
     const size_t bytes = tokens.size() * sizeof(Token);

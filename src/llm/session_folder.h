@@ -22,6 +22,9 @@ struct SavedPrefix {
     int64_t tokens = 0; // that the session holds
 };
 
+// How many tokens both begin with.
+int64_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b);
+
 class SessionFolder {
 public:
     using Notice = std::function<void(const std::string&)>;
