@@ -111,13 +111,11 @@ StreamedAnswer complete(const Endpoint& endpoint, const std::string& prompt, int
     request.path = "/v1/completions";
     request.headers = headers_of(endpoint);
     request.headers.emplace("Content-Type", "application/json");
-    // ignore_eos: an answer must be as long as was asked for, or the load would not be what the table says.
     request.body = json{{"prompt", prompt},
                         {"max_tokens", answer_tokens},
                         {"temperature", 0},
                         {"stream", true},
-                        {"stream_options", {{"include_usage", true}}},
-                        {"ignore_eos", true}}
+                        {"stream_options", {{"include_usage", true}}}}
                        .dump();
     bool hung_up = false;
     request.content_receiver = [&](const char* data, size_t bytes, uint64_t /*offset*/, uint64_t /*length*/) {

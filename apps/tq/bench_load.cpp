@@ -127,9 +127,9 @@ PrefixResult run_prefix(const Endpoint& endpoint, PromptMaker& prompts, int64_t 
 }
 
 StallResult run_stall(const Endpoint& endpoint, PromptMaker& prompts, int streams, int64_t tokens) {
-    constexpr int64_t kLongAnswer = 4000; // ended by us
+    constexpr int64_t kAnswer = 512;
     constexpr size_t kWarm = 24;
-    std::vector<StreamedAnswer> answers(static_cast<size_t>(streams));
+    std::vector<std::vector<StreamedAnswer>> answers(static_cast<size_t>(streams));
     std::atomic<bool> running{true};
     std::mutex mutex;
     std::condition_variable changed;
@@ -138,49 +138,46 @@ StallResult run_stall(const Endpoint& endpoint, PromptMaker& prompts, int stream
     std::vector<std::thread> threads;
     for (size_t s = 0; s < answers.size(); ++s) {
         threads.emplace_back([&, s] {
-            answers[s] = complete(endpoint, prompts.make(64), kLongAnswer, &running, [&, s] {
-                const std::lock_guard lock(mutex);
-                ++pieces[s];
-                changed.notify_all();
-            });
+            while (running) { // an answer may end by itself: then comes another
+                answers[s].push_back(complete(endpoint, prompts.make(32), kAnswer, &running, [&, s] {
+                    const std::lock_guard lock(mutex);
+                    ++pieces[s];
+                    changed.notify_all();
+                }));
+                if (!answers[s].back().error.empty()) {
+                    break;
+                }
+            }
             const std::lock_guard lock(mutex);
             ++ended;
             changed.notify_all();
         });
     }
-    {
+    const auto wait_for_pieces = [&](size_t more) {
         std::unique_lock lock(mutex);
-        changed.wait(lock, [&] {
-            return ended > 0 || std::all_of(pieces.begin(), pieces.end(), [](size_t n) { return n >= kWarm; });
-        });
-    }
-    const StreamedAnswer reading = complete(endpoint, prompts.make(tokens), 1);
-    bool lasted = false;
-    {
-        std::unique_lock lock(mutex);
-        lasted = ended == 0;
-        // One more token each, so that a stall that outlasts the reading is seen whole.
         const std::vector<size_t> now = pieces;
         changed.wait(lock, [&] {
             bool all = true;
             for (size_t s = 0; s < pieces.size(); ++s) {
-                all = all && pieces[s] > now[s];
+                all = all && pieces[s] >= now[s] + more;
             }
             return all || ended > 0;
         });
-    }
+    };
+    wait_for_pieces(kWarm);
+    const StreamedAnswer reading = complete(endpoint, prompts.make(tokens), 1);
+    wait_for_pieces(1); // so that a stall that outlasts the reading is seen whole
     running = false;
     for (std::thread& thread : threads) {
         thread.join();
     }
     require(reading);
-    for (const StreamedAnswer& answer : answers) {
-        if (!answer.error.empty()) {
-            require(answer);
+    for (const auto& list : answers) {
+        for (const StreamedAnswer& answer : list) {
+            if (!answer.error.empty()) {
+                require(answer);
+            }
         }
-    }
-    if (!lasted) {
-        throw llm::Error("an answer ended before the long prompt was read: the stall cannot be measured; give the slots more context");
     }
     StallResult result;
     result.prompt_tokens = reading.prompt_tokens;
@@ -188,16 +185,21 @@ StallResult run_stall(const Endpoint& endpoint, PromptMaker& prompts, int stream
     const double from = reading.sent;
     const double to = reading.arrivals.front();
     std::vector<double> before;
-    for (const StreamedAnswer& answer : answers) {
-        for (size_t i = 1; i < answer.arrivals.size(); ++i) {
-            const double gap = (answer.arrivals[i] - answer.arrivals[i - 1]) * 1000;
-            if (answer.arrivals[i] <= from) {
-                before.push_back(gap);
-            } else if (answer.arrivals[i - 1] <= to) {
-                result.between_ms.push_back(gap);
-                result.stall_ms = std::max(result.stall_ms, gap);
+    for (const auto& list : answers) {
+        for (const StreamedAnswer& answer : list) {
+            for (size_t i = 1; i < answer.arrivals.size(); ++i) {
+                const double gap = (answer.arrivals[i] - answer.arrivals[i - 1]) * 1000;
+                if (answer.arrivals[i] <= from) {
+                    before.push_back(gap);
+                } else if (answer.arrivals[i - 1] <= to) {
+                    result.between_ms.push_back(gap);
+                    result.stall_ms = std::max(result.stall_ms, gap);
+                }
             }
         }
+    }
+    if (result.between_ms.empty()) {
+        throw llm::Error("the other streams got nothing while the long prompt was read: there is no stall to measure");
     }
     result.usual_ms = before.empty() ? 0 : llm::quantile(before, 0.5);
     return result;

@@ -49,7 +49,7 @@ struct StallResult {
     std::vector<double> between_ms; // all of them meanwhile
     int64_t prompt_tokens = 0;
 };
-// `streams` answers are running; then a prompt of `tokens` comes. Error: the streams ended before it was read.
+// `streams` answers are running (another follows where one ends); then a prompt of `tokens` comes.
 StallResult run_stall(const Endpoint& endpoint, PromptMaker& prompts, int streams, int64_t tokens);
 
 // Gives each of `conversations` a prompt of `tokens`, one after the other, then goes on with each: how many of them were still in
