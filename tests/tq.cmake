@@ -3,7 +3,7 @@
 
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
 tq_add_test(tq_bits_test SOURCES tq_bits_test.cpp LIBS tq_base LABELS tq)
-tq_add_test(tq_session_test SOURCES tq_session_test.cpp ${PROJECT_SOURCE_DIR}/src/serve/engine/folder_store.cpp LIBS tq_llm LABELS tq)
+tq_add_test(tq_session_test SOURCES tq_session_test.cpp LIBS tq_serve LABELS tq)
 tq_add_test(tq_eval_test SOURCES tq_eval_test.cpp LIBS tq_llm LABELS tq)
 if(TURBOQUANT_BUILD_PLUGIN)
     tq_add_test(tq_bench_test SOURCES tq_bench_test.cpp LIBS tq_llm LABELS tq)

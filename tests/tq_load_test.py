@@ -37,7 +37,7 @@ class Server:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.log_path = os.path.join(folder, f"log-{self.port}")
-        command = [program.TQ, "serve", "-m", MODEL, "--kv", kv, "--port", self.port, "--slots", slots, "--ctx", 2048, "--threads", 2,
+        command = [program.TQ, "serve", "-m", MODEL, "--kv", kv, "--port", self.port, "--parallel", slots, "--ctx", 2048, "--threads", 2,
                    *arguments]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,

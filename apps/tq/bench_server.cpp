@@ -88,8 +88,8 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
             words.insert(words.end(), {"-ctk", kv.host_type, "-ctv", kv.host_type});
         }
     } else {
-        words.insert(words.end(), {"serve", "-m", spec_.model, "--kv", spec_.kv, "--slots", std::to_string(spec_.slots),
-                                   "--ctx", total});
+        words.insert(words.end(), {"serve", "-m", spec_.model, "--kv", spec_.kv, "--parallel", std::to_string(spec_.slots), "--ctx",
+                      std::to_string(spec_.slot_context), "--log-format", "none"});
     }
     words.insert(words.end(), {"--host", "127.0.0.1", "--port", std::to_string(port)});
     if (spec_.threads > 0) {
