@@ -178,15 +178,15 @@ class Restart(Case):
         _, path = self.saved()
         good = path.read_bytes()
         packed = session_file(path)[2]
-        for offset, words in [(3, "not a file that tq saved"), (60, "damaged (checksum)"), (packed - 2, "damaged (checksum)"),
-                              (packed + 1000, "damaged (checksum)"), (len(good) - 1, "damaged (checksum)")]:
+        # tq_session_test has every byte and every length.
+        for offset, words in [(3, "not a file that tq saved"), (packed - 2, "damaged (checksum)"), (packed + 1000, "damaged (checksum)")]:
             for other in self.files():
                 other.unlink()
             path.write_bytes(good)
             flip(path, offset)
             with self.subTest(offset=offset):
                 self.refused(path, words)
-        for size in (0, 30, 100, packed + 5, len(good) - 1):
+        for size in (0, packed + 5):
             for other in self.files():
                 other.unlink()
             path.write_bytes(good[:size])

@@ -173,6 +173,13 @@ bool SessionFolder::save(const std::vector<Token>& tokens, const std::vector<uin
         return false;
     }
     std::error_code ignored;
+    if (bytes > limit_bytes_) {
+        notice(fmt::format("{}: a session of {} bytes does not fit into the limit of {}; raise it", path.string(), bytes,
+                           limit_bytes_));
+        forget(name);
+        fs::remove(path, ignored);
+        return false;
+    }
     std::vector<std::string> continued;
     {
         const std::lock_guard lock(mutex_);
@@ -191,13 +198,6 @@ bool SessionFolder::save(const std::vector<Token>& tokens, const std::vector<uin
         fs::remove(folder_ / other, ignored);
     }
     make_room(bytes, name);
-    if (bytes > limit_bytes_) {
-        notice(fmt::format("{}: a session of {} bytes does not fit into the limit of {}; raise it", path.string(), bytes,
-                           limit_bytes_));
-        forget(name);
-        fs::remove(path, ignored);
-        return false;
-    }
     return true;
 }
 
