@@ -40,10 +40,10 @@ struct Failure {
 struct Event {
     enum class Kind { piece, done, failed };
     Kind kind = Kind::piece;
-    AnswerText::Piece piece;
+    AnswerText::Piece piece = {};
     Finish finish = Finish::stop; // done
-    AnswerStats stats;            // done
-    Failure failure;              // failed
+    AnswerStats stats = {};       // done
+    Failure failure = {};         // failed
 };
 
 // What the engine's thread says to the one that answers the client. Thread-safe.

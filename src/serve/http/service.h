@@ -3,6 +3,7 @@
 
 #include "llm/chat_template.h"
 #include "serve/engine/engine.h"
+#include "serve/http/api_error.h"
 #include "serve/http/request_log.h"
 
 #include <chrono>
