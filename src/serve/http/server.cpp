@@ -344,7 +344,9 @@ void Server::Impl::add_hooks() {
             record.outcome = "cancelled";
         }
         metrics.request(endpoint(request.path), response.status);
-        log.request(record);
+        if (request.path != "/health") { // asked every second by those who watch
+            log.request(record);
+        }
         if (response.status == 413 || response.status == 415 || response.status == 431) {
             const int descriptor = find_connection(request.local_port, request.remote_addr, request.remote_port);
             if (descriptor >= 0) {
