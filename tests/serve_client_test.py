@@ -225,31 +225,30 @@ class Batching(WithServer):
 
     def test_together_as_alone(self):
         def ask(question):
-            return self.chat(question, n=40)
-        prompts = [STORY * i + q for i, q in enumerate(QUESTIONS)]
+            return self.chat(question, n=30)
+        prompts = [STORY * (i % 3) + q for i, q in enumerate(QUESTIONS[:6])]
         alone = self.texts(ask(p) for p in prompts)
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for _ in range(2):
-                self.assertEqual(self.texts(pool.map(ask, prompts)), alone)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            self.assertEqual(self.texts(pool.map(ask, prompts)), alone)
 
     def test_as_tq_run(self):
-        for question in QUESTIONS[:2]:
+        for question in QUESTIONS[:1]:
             done = subprocess.run([TQ, "run", "-m", MODEL, "-p", question, "--temp", "0", "-n", "24", "--threads", "1",
                                    "--ctx", "2048"], env=environment(), capture_output=True, check=True)
             answer = self.chat(question)
             self.assertEqual(answer.choices[0].message.content + "\n", done.stdout.decode())
 
     def test_conversations_do_not_leak_into_each_other(self):
-        def talk(server, topic, turns=3):
+        def talk(server, topic, turns=2):
             messages = []
             answers = []
             for turn in range(turns):
                 messages.append({"role": "user", "content": f"Tell me fact {turn + 1} about {topic}."})
-                answer = server.chat(messages, n=24)["choices"][0]["message"]["content"]
+                answer = server.chat(messages, n=16)["choices"][0]["message"]["content"]
                 messages.append({"role": "assistant", "content": answer})
                 answers.append(answer)
             return answers
-        topics = ["whales", "Rome", "bread", "clocks"]
+        topics = ["whales", "Rome", "bread"]
         alone = []
         for topic in topics:  # each on a server that has seen nothing else
             with Server(*self.arguments) as server:
@@ -299,16 +298,16 @@ class Batching(WithServer):
 
     def test_running_streams_flow_while_a_long_prompt_is_read(self):
         stream = RawStream(self.server, {"messages": [{"role": "user", "content": "Write a long story."}], "temperature": 0,
-                                         "max_tokens": 120, "logit_bias": {"2": -100}})
+                                         "max_tokens": 60, "logit_bias": {"2": -100}})
         events = stream.events()
         for _ in range(4):
             next(events)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            long = pool.submit(self.chat, STORY * 14 + "Who?", 1)
+            long = pool.submit(self.chat, STORY * 8 + "Who?", 1)
             tokens = 0
             for _ in events:
                 tokens += 0 if long.done() else 1
-            self.assertGreater(long.result().usage.prompt_tokens, 1200)
+            self.assertGreater(long.result().usage.prompt_tokens, 700)
         self.assertGreater(tokens, 10, "the stream went on while the prompt was read")
         stream.close()
 

@@ -94,7 +94,7 @@ EngineStatus Engine::status() const {
     status.kv_bytes = llama_.kv_bytes;
     status.kv_f16_bytes = llama_.kv_f16_bytes;
     const std::lock_guard lock(mutex_);
-    status.waiting = std::max<int64_t>(0, inside_ - status.busy);
+    status.waiting = static_cast<int64_t>(queue_.size());
     return status;
 }
 
@@ -217,7 +217,7 @@ void Engine::drop_gone() {
     for (; cancelled > 0; --cancelled) {
         observer_.answer_over("cancelled");
     }
-    for (Request& request : timed_out) {
+    for (const Request& request : timed_out) {
         request.stream->push({.kind = Event::Kind::failed, .failure = late});
         observer_.answer_over("timeout");
     }
@@ -280,6 +280,7 @@ void Engine::place_job(Request request) {
     observer_.prompt_placed(job.stats.prompt_tokens, job.stats.cached_tokens);
     slot.job.emplace(std::move(job));
     slot.stored = false;
+    publish();
 }
 
 void Engine::clear(Slot& slot) {
@@ -490,15 +491,20 @@ void Engine::finish(Slot& slot, Finish reason) {
     }
     job.stats.answer_ms = milliseconds(job.last - job.first);
     job.stats.context_used = static_cast<int64_t>(slot.cached.size());
-    job.request.stream->push(
-        {.kind = Event::Kind::done, .piece = std::move(rest), .finish = reason, .stats = job.stats});
-    release(slot, reason == Finish::stop ? "stop" : "length");
+    Event done = {.kind = Event::Kind::done, .piece = std::move(rest), .finish = reason, .stats = job.stats};
+    end(slot, std::move(done), reason == Finish::stop ? "stop" : "length");
 }
 
 void Engine::fail(Slot& slot, Failure failure) {
     const bool late = failure.kind == Failure::Kind::timeout;
-    slot.job->request.stream->push({.kind = Event::Kind::failed, .failure = std::move(failure)});
-    release(slot, late ? "timeout" : "failed");
+    end(slot, {.kind = Event::Kind::failed, .failure = std::move(failure)}, late ? "timeout" : "failed");
+}
+
+// The last event goes out when the slot is free: whoever has read it finds a place for the next request.
+void Engine::end(Slot& slot, Event event, std::string_view outcome) {
+    const std::shared_ptr<AnswerStream> stream = slot.job->request.stream;
+    release(slot, outcome);
+    stream->push(std::move(event));
 }
 
 void Engine::release(Slot& slot, std::string_view outcome) {
@@ -506,6 +512,7 @@ void Engine::release(Slot& slot, std::string_view outcome) {
     slot.job.reset();
     slot.last_used = ++ticks_;
     slot.idle_since = Clock::now();
+    publish();
     observer_.answer_over(outcome);
     const std::lock_guard lock(mutex_);
     --inside_;

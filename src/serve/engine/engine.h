@@ -82,6 +82,7 @@ private:
     void choose_token(Slot& slot, int32_t output);
     void finish(Slot& slot, Finish reason);
     void fail(Slot& slot, Failure failure);
+    void end(Slot& slot, Event event, std::string_view outcome);
     void release(Slot& slot, std::string_view outcome);
     void publish();
 
