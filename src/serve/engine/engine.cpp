@@ -14,6 +14,7 @@ namespace turboquant::serve {
 namespace {
 
 constexpr int64_t kBatch = 512;
+constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
 constexpr int64_t kWorthSaving = 64; // tokens: shorter prompts are read faster than fetched
 
 double milliseconds(Clock::duration duration) {
@@ -55,6 +56,7 @@ Engine::Engine(const llm::Model& model, const EngineOptions& options, Observer& 
       budget_(options.step_seconds, batch_limit_) {
     context_ = llama_n_ctx_seq(llama_.handle.get());
     window_ = llama_model_n_swa(model.get());
+    exact_rows_ = options.kv.turboquant() && !options.kv.pass_through() ? options.kv.window : 0;
     // A copy is cut to the prefix afterwards, which recurrent state and a window that has moved on do not allow.
     can_copy_ = window_ == 0 && !llama_model_is_recurrent(model.get()) && !llama_model_is_hybrid(model.get());
     for (int i = 0; i < options.slots; ++i) {
@@ -92,7 +94,7 @@ EngineStatus Engine::status() const {
     status.kv_bytes = llama_.kv_bytes;
     status.kv_f16_bytes = llama_.kv_f16_bytes;
     const std::lock_guard lock(mutex_);
-    status.waiting = std::max<int64_t>(0, inside_ - status.busy);
+    status.waiting = static_cast<int64_t>(queue_.size());
     return status;
 }
 
@@ -215,7 +217,7 @@ void Engine::drop_gone() {
     for (; cancelled > 0; --cancelled) {
         observer_.answer_over("cancelled");
     }
-    for (Request& request : timed_out) {
+    for (const Request& request : timed_out) {
         request.stream->push({.kind = Event::Kind::failed, .failure = late});
         observer_.answer_over("timeout");
     }
@@ -278,6 +280,7 @@ void Engine::place_job(Request request) {
     observer_.prompt_placed(job.stats.prompt_tokens, job.stats.cached_tokens);
     slot.job.emplace(std::move(job));
     slot.stored = false;
+    publish();
 }
 
 void Engine::clear(Slot& slot) {
@@ -286,10 +289,16 @@ void Engine::clear(Slot& slot) {
     slot.stored = true;
 }
 
-// Cuts the slot's cache to its first `keep` tokens, or to nothing where the memory cannot.
+// Cuts the slot's cache to its first `keep` tokens or fewer, or to nothing where the memory cannot.
 void Engine::keep_prefix(Slot& slot, int64_t keep) {
-    if (keep >= static_cast<int64_t>(slot.cached.size())) {
+    const int64_t cut = static_cast<int64_t>(slot.cached.size()) - keep;
+    if (cut <= 0) {
         return;
+    }
+    // The latest rows before the cut were exact once, but the window has moved on with the rows that are cut off. Reading
+    // them again makes them exact again, so that an answer does not lose what the cache's setting promises.
+    if (cut > exact_rows_ / kSpareOfWindow) {
+        keep = std::max<int64_t>(0, keep - exact_rows_);
     }
     llama_memory_t memory = llama_get_memory(llama_.handle.get());
     // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window of
@@ -482,15 +491,20 @@ void Engine::finish(Slot& slot, Finish reason) {
     }
     job.stats.answer_ms = milliseconds(job.last - job.first);
     job.stats.context_used = static_cast<int64_t>(slot.cached.size());
-    job.request.stream->push(
-        {.kind = Event::Kind::done, .piece = std::move(rest), .finish = reason, .stats = job.stats});
-    release(slot, reason == Finish::stop ? "stop" : "length");
+    Event done = {.kind = Event::Kind::done, .piece = std::move(rest), .finish = reason, .stats = job.stats};
+    end(slot, std::move(done), reason == Finish::stop ? "stop" : "length");
 }
 
 void Engine::fail(Slot& slot, Failure failure) {
     const bool late = failure.kind == Failure::Kind::timeout;
-    slot.job->request.stream->push({.kind = Event::Kind::failed, .failure = std::move(failure)});
-    release(slot, late ? "timeout" : "failed");
+    end(slot, {.kind = Event::Kind::failed, .failure = std::move(failure)}, late ? "timeout" : "failed");
+}
+
+// The last event goes out when the slot is free: whoever has read it finds a place for the next request.
+void Engine::end(Slot& slot, Event event, std::string_view outcome) {
+    const std::shared_ptr<AnswerStream> stream = slot.job->request.stream;
+    release(slot, outcome);
+    stream->push(std::move(event));
 }
 
 void Engine::release(Slot& slot, std::string_view outcome) {
@@ -498,6 +512,7 @@ void Engine::release(Slot& slot, std::string_view outcome) {
     slot.job.reset();
     slot.last_used = ++ticks_;
     slot.idle_since = Clock::now();
+    publish();
     observer_.answer_over(outcome);
     const std::lock_guard lock(mutex_);
     --inside_;

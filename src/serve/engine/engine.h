@@ -82,6 +82,7 @@ private:
     void choose_token(Slot& slot, int32_t output);
     void finish(Slot& slot, Finish reason);
     void fail(Slot& slot, Failure failure);
+    void end(Slot& slot, Event event, std::string_view outcome);
     void release(Slot& slot, std::string_view outcome);
     void publish();
 
@@ -92,7 +93,8 @@ private:
     llm::Context llama_;
     int64_t context_ = 0;
     bool can_copy_ = false;
-    int64_t window_ = 0; // of sliding layers; 0: none
+    int64_t window_ = 0;     // of sliding layers; 0: none
+    int64_t exact_rows_ = 0; // latest rows that the cache keeps exact
     std::unique_ptr<llama_batch, void (*)(llama_batch*)> batch_;
 
     // The thread's own.

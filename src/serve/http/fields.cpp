@@ -39,6 +39,8 @@ json parse_body(const std::string& body) {
         });
     } catch (const json::parse_error& error) {
         throw bad_request(fmt::format("the body is not valid JSON (byte {})", error.byte));
+    } catch (const json::exception&) { // a number that no double holds
+        throw bad_request("the body has a number that is too large");
     }
     if (!parsed.is_object()) {
         throw bad_request(fmt::format("the body must be a JSON object, not {}", type_words(parsed)));

@@ -275,6 +275,9 @@ void Server::Impl::on_error(const httplib::Request& request, httplib::Response& 
                 response.set_header("Allow", route.methods.front());
             }
         }
+    } else if (status == 411) {
+        message = "send the body with a Content-Length, not in chunks";
+        code = "length_required";
     } else if (status == 413) {
         message = fmt::format("the body is larger than {} bytes", options.body_limit);
         code = "body_too_large";
@@ -311,6 +314,8 @@ void Server::Impl::add_hooks() {
             response.status = 431;
         } else if (request.has_header("Content-Encoding")) {
             response.status = 415; // a small compressed body can be a huge one
+        } else if (request.has_header("Transfer-Encoding")) {
+            response.status = 411; // httplib would read such a body however long it is
         } else if (request.method == "OPTIONS") {
             try {
                 check_origin(request);
@@ -344,8 +349,10 @@ void Server::Impl::add_hooks() {
             record.outcome = "cancelled";
         }
         metrics.request(endpoint(request.path), response.status);
-        log.request(record);
-        if (response.status == 413 || response.status == 415 || response.status == 431) {
+        if (request.path != "/health") { // asked every second by those who watch
+            log.request(record);
+        }
+        if (response.status == 411 || response.status == 413 || response.status == 415 || response.status == 431) {
             const int descriptor = find_connection(request.local_port, request.remote_addr, request.remote_port);
             if (descriptor >= 0) {
                 ::shutdown(descriptor, SHUT_RD); // what follows is the rest of a body, no request
