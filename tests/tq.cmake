@@ -3,6 +3,7 @@
 
 tq_add_test(tq_units_test SOURCES tq_units_test.cpp LIBS tq_base LABELS tq)
 tq_add_test(tq_bits_test SOURCES tq_bits_test.cpp LIBS tq_base LABELS tq)
+tq_add_test(tq_session_test SOURCES tq_session_test.cpp LIBS tq_serve LABELS tq)
 tq_add_test(tq_eval_test SOURCES tq_eval_test.cpp LIBS tq_llm LABELS tq)
 if(TURBOQUANT_BUILD_PLUGIN)
     tq_add_test(tq_bench_test SOURCES tq_bench_test.cpp LIBS tq_llm LABELS tq)
@@ -21,7 +22,7 @@ if(NOT TURBOQUANT_BUILD_PLUGIN)
 endif()
 
 # One ctest entry a group, so that one failing group does not hide the others and they can run side by side.
-foreach(group IN ITEMS Usage Files Run Chat Context Save Terminal Info Kinds Demo)
+foreach(group IN ITEMS Usage Files Run Chat Context Save Session Terminal Info Kinds Demo)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_program_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 240 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
@@ -46,4 +47,11 @@ foreach(group IN ITEMS BenchAttention BenchEncode BenchDecode BenchPrefill Bench
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_bench_test.py $<TARGET_FILE:tq> ${group})
     set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300)
+endforeach()
+
+# tq serve over restarts, under load.
+foreach(group IN ITEMS Restart BenchServe Soak)
+    add_test(NAME tq_${group}
+             COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_load_test.py $<TARGET_FILE:tq> ${group})
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
 endforeach()

@@ -49,14 +49,20 @@ def tq(*arguments, stdin=b"", timeout=200, **changes):
     return done
 
 
-def state_file_json(path):
-    """The JSON of a file that /save wrote, and the offset of the cache's state behind it."""
+def session_file(path):
+    """JSON of a session file's head, its tokens and the offset of the packed state (src/llm/session_archive.h)."""
     data = pathlib.Path(path).read_bytes()
-    magic = b"TQCHAT 1\n"
-    assert data.startswith(magic)
-    length = int.from_bytes(data[len(magic):len(magic) + 8], "little")
-    begin = len(magic) + 8
-    return json.loads(data[begin:begin + length]), begin + length
+    assert data.startswith(b"TQSESS\r\n")
+    head, tokens = int.from_bytes(data[12:16], "little"), int.from_bytes(data[16:24], "little")
+    packed = 56 + head + 4 * tokens
+    assert len(data) == packed + int.from_bytes(data[32:40], "little")
+    return json.loads(data[56:56 + head]), tokens, packed
+
+
+def flip(path, offset):
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[offset] ^= 1
+    pathlib.Path(path).write_bytes(data)
 
 
 class Case(unittest.TestCase):
@@ -389,10 +395,8 @@ class Save(Case):
         self.assertIn("read again with the next question (it was saved with another cache", err)
         self.assertEqual(other["stats"]["prompt_tokens_read"], other["stats"]["prompt_tokens"])
 
-        data = bytearray(pathlib.Path(path).read_bytes())
-        _, state = state_file_json(path)
-        data[state + (len(data) - state) // 2] ^= 1
-        pathlib.Path(path).write_bytes(data)
+        _, _, state = session_file(path)
+        flip(path, (state + os.path.getsize(path)) // 2)
         (again,), err = self.chat([f"/load {path}", "And another."], "--kv", "tq4")
         self.assertIn("its cache is damaged", err)
         self.assertEqual(again["stats"]["prompt_tokens_read"], again["stats"]["prompt_tokens"])
@@ -400,12 +404,122 @@ class Save(Case):
 
     def test_files_that_are_none(self):
         path = os.path.join(WORK, "bad.tqchat")
-        for content in [b"", b"hello", b"TQCHAT 1\n" + b"\xff" * 8 + b"{}", b"TQCHAT 1\n\x02" + b"\0" * 7 + b"{}",
-                        b"TQCHAT 1\n\x02" + b"\0" * 7 + b"[]"]:
+        for content in [b"", b"hello", b"TQSESS\r\n", b"TQSESS\r\n" + b"\xff" * 60, b"TQCHAT 1\n\x02" + b"\0" * 7 + b"{}"]:
             pathlib.Path(path).write_bytes(content)
             with self.subTest(content=content):
                 _, err = self.chat([f"/load {path}"], status=1)
-                self.assertIn("not a conversation that /save wrote", err)
+                self.assertRegex(err, rf"tq: {path}: (not a file that tq saved|cut short|format version).*; choose another file")
+
+
+class Session(Case):
+    """tq chat --session FILE."""
+
+    FLAGS = ["chat", *LIKELIEST, "--ctx", 512, "-n", 12, "--json"]
+    QUESTION = "The password is swordfish. Remember it."
+
+    def setUp(self):
+        self.path = os.path.join(WORK, self.id().rsplit(".", 1)[-1] + ".tqs")
+
+    def chat(self, lines, *arguments, status=0):
+        done = tq(*self.FLAGS, "--session", self.path, *arguments, stdin="\n".join(lines).encode())
+        self.assertEqual(done.returncode, status, done.err)
+        return [json.loads(line) for line in done.out.splitlines()], done.err
+
+    def start(self, *arguments):
+        command = [TQ, *map(str, self.FLAGS), "--session", self.path, *map(str, arguments)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            self.addCleanup(pipe.close)
+        return process
+
+    def test_goes_on_where_it_was_left(self):
+        done = tq(*self.FLAGS, stdin=f"{self.QUESTION}\nWhat is the password?".encode())
+        straight = json.loads(done.out.splitlines()[1])
+        _, err = self.chat([self.QUESTION])
+        self.assertIn(f"saved to {self.path}", err)
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        (later,), err = self.chat(["What is the password?"])
+        self.assertIn("nothing has to be read again", err)
+        self.assertEqual(later["answer"], straight["answer"])
+        self.assertEqual(later["stats"]["prompt_tokens_read"], straight["stats"]["prompt_tokens_read"])
+        head, _, _ = session_file(self.path)
+        self.assertEqual([m["role"] for m in json.loads(head["note"])["messages"]][-4:], ["user", "assistant"] * 2)
+
+    def test_nothing_said_nothing_written(self):
+        self.chat([])
+        self.assertFalse(os.path.exists(self.path))
+        self.chat([self.QUESTION])
+        before = os.stat(self.path)
+        self.chat(["/stats"])
+        self.assertEqual(os.stat(self.path).st_mtime_ns, before.st_mtime_ns)
+
+    def test_sigterm_while_waiting_saves(self):
+        process = self.start()
+        process.stdin.write(self.QUESTION.encode() + b"\n")
+        process.stdin.flush()
+        self.assertIn(b"answer", process.stdout.readline())
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(30), 0, process.stderr.read())
+        _, err = self.chat(["What is the password?"])
+        self.assertIn("nothing has to be read again", err)
+
+    def test_sigterm_while_answering_saves_what_there_is(self):
+        process = self.start("-n", -1, "--ctx", 2048)
+        process.stdin.write(b"Count from one to five hundred in words, one a line.\n")
+        process.stdin.flush()
+        time.sleep(4)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(30), 0, process.stderr.read())
+        head, tokens, _ = session_file(self.path)
+        messages = json.loads(head["note"])["messages"]
+        self.assertEqual(messages[-1]["role"], "assistant", "answered before it could be interrupted" if tokens > 2000 else "")
+        _, err = self.chat(["Go on."], "--ctx", 2048)
+        self.assertIn("nothing has to be read again", err)
+
+    def test_what_is_no_session_stays_as_it_is(self):
+        self.chat([self.QUESTION])
+        good = pathlib.Path(self.path).read_bytes()
+        for content, why in [(b"my diary\n", "not a file that tq saved"), (good[:70], "cut short"), (good[:-9], "cut short"),
+                             (good[:60] + bytes([good[60] ^ 1]) + good[61:], "damaged (checksum)")]:
+            pathlib.Path(self.path).write_bytes(content)
+            with self.subTest(why=why):
+                _, err = self.chat([self.QUESTION], status=1)
+                self.assertRegex(err, rf"tq: {self.path}: {re.escape(why)}.*; choose another file\n")
+                self.assertEqual(pathlib.Path(self.path).read_bytes(), content)
+
+    def test_a_damaged_cache_is_read_again(self):
+        self.chat([self.QUESTION])
+        _, _, state = session_file(self.path)
+        flip(self.path, (state + os.path.getsize(self.path)) // 2)
+        (again,), err = self.chat(["What is the password?"])
+        self.assertIn(f"{self.path}: loaded 3 messages; all of it will be read again with the next question (its cache is damaged)", err)
+        self.assertEqual(again["stats"]["prompt_tokens_read"], again["stats"]["prompt_tokens"])
+        _, err = self.chat(["Thanks."])
+        self.assertIn("nothing has to be read again", err)  # it was saved anew
+
+    def test_another_cache_or_model_is_read_again(self):
+        self.chat([self.QUESTION])
+        (other,), err = self.chat(["And now?"], "--kv", "tq5")
+        self.assertIn("it was saved with another cache, 4/4 bits", err)
+        self.assertEqual(other["stats"]["prompt_tokens_read"], other["stats"]["prompt_tokens"])
+        (same,), err = self.chat(["And now?"], "--kv", "5/4", "--window", 32)  # tq5 by another name
+        self.assertIn("nothing has to be read again", err)
+        if not GEMMA:
+            self.skipTest("TQ_TEST_GEMMA is not set")
+        _, err = self.chat(["And now?"], "--kv", "tq5", "-m", GEMMA)
+        self.assertIn("it was saved with another model", err)
+
+    def test_is_a_third_of_f16(self):
+        text = " ".join(f"Item {i} is a {word}." for i, word in enumerate(["lamp", "boat", "stone", "letter", "coat"] * 32))
+        self.chat([text], "--ctx", 2048)
+        _, tokens, _ = session_file(self.path)
+        self.assertGreater(tokens, 900)
+        f16 = tokens * 30 * 2 * 3 * 64 * 2  # layers, keys and values, heads, channels, bytes
+        # 36 rows are exact: at 4096 tokens they are a part of a hundred, here they are more.
+        self.assertLess(os.path.getsize(self.path), (0.30 + 36 / tokens) * f16)
 
 
 class Terminal(Case):

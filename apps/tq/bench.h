@@ -53,5 +53,6 @@ Command add_bench_attention(CLI::App& bench);
 Command add_bench_decode(CLI::App& bench);
 Command add_bench_prefill(CLI::App& bench);
 Command add_bench_encode(CLI::App& bench);
+Command add_bench_serve(CLI::App& bench);
 
 } // namespace turboquant::app

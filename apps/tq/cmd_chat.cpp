@@ -12,6 +12,7 @@
 #include "llm/utf8.h"
 
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <optional>
 
@@ -37,6 +38,7 @@ constexpr const char* kBlock = "\"\"\"";
 struct ChatFlags {
     ModelFlags model;
     AnswerFlags answer;
+    std::string session;
 };
 
 class Chat {
@@ -57,6 +59,8 @@ private:
     void command(const std::string& text);
     void ask(const std::string* text);
     void show_stats() const;
+    void load_session();
+    void save_session();
 
     ChatFlags flags_;
     Engine& engine_;
@@ -65,6 +69,7 @@ private:
     std::string prompt_;
     bool quit_ = false;
     bool failed_ = false;
+    bool changed_ = false; // since --session's file was read
     std::optional<llm::Answer> last_;
 };
 
@@ -78,11 +83,17 @@ std::optional<std::string> Chat::next_input() {
         const auto result = editor_.read(block || more ? (prompt_.empty() ? "" : ". ") : prompt_, line);
         if (result == LineEditor::Result::interrupted) {
             take_interrupt();
+            if (termination_requested()) {
+                return std::nullopt;
+            }
             text.clear();
             block = more = false;
             continue;
         }
         if (result == LineEditor::Result::end) {
+            if (termination_requested()) {
+                return std::nullopt; // half a text is no question
+            }
             return block || more ? std::optional<std::string>(text) : std::nullopt;
         }
         editor_.remember(line);
@@ -138,6 +149,7 @@ void Chat::ask(const std::string* text) {
         print_note(notice);
     };
     take_interrupt();
+    changed_ = true;
     const llm::Answer answer = text != nullptr ? conversation_.ask(*text, options) : conversation_.regenerate(options);
     take_interrupt();
     last_ = answer;
@@ -188,9 +200,11 @@ void Chat::command(const std::string& text) {
     if (name == "/help") {
         std::fputs(kHelp, stderr);
     } else if (name == "/reset") {
+        changed_ = true;
         conversation_.reset();
         print_note("forgotten");
     } else if (name == "/system") {
+        changed_ = true;
         conversation_.set_system(rest);
         print_note(rest.empty() ? "started over without a system message" : "started over with this system message");
     } else if (name == "/regen") {
@@ -213,6 +227,7 @@ void Chat::command(const std::string& text) {
     } else if (name == "/load") {
         need("a file that /save wrote");
         print_note(conversation_.load(rest));
+        changed_ = true;
     } else if (name == "/quit" || name == "/exit") {
         quit_ = true;
     } else {
@@ -220,7 +235,32 @@ void Chat::command(const std::string& text) {
     }
 }
 
+// A file that is there and cannot be continued is an error before anything is asked: leaving would overwrite it.
+void Chat::load_session() {
+    std::error_code failed;
+    if (!std::filesystem::exists(flags_.session, failed)) {
+        if (failed) {
+            throw llm::Error(fmt::format("{}: cannot be opened: {}; check the path", flags_.session, failed.message()));
+        }
+        return;
+    }
+    print_note(conversation_.load(flags_.session));
+    if (flags_.answer.system) {
+        print_note("--system: the session has its own beginning; /system starts over with another");
+    }
+}
+
+void Chat::save_session() {
+    if (!flags_.session.empty() && changed_) {
+        conversation_.save(flags_.session);
+        print_note(fmt::format("saved to {}", flags_.session));
+    }
+}
+
 int Chat::loop() {
+    if (!flags_.session.empty()) {
+        load_session();
+    }
     if (editor_.interactive()) {
         print_note(fmt::format("{}; {} cache, context {}. /help lists the commands.", engine_.model.identity(),
                                engine_.kv.describe(), engine_.session->context_size()));
@@ -231,7 +271,7 @@ int Chat::loop() {
     if (conversation_.chat_template().kind() == llm::ChatTemplate::Kind::chatml) {
         print_note("The model's chat template is unknown to libllama: using ChatML, answers may suffer.");
     }
-    while (!quit_) {
+    while (!quit_ && !termination_requested()) {
         const std::optional<std::string> input = next_input();
         if (!input) {
             break;
@@ -255,6 +295,7 @@ int Chat::loop() {
             failed_ = true;
         }
     }
+    save_session();
     // A person has seen the messages; a script only sees the status.
     return failed_ && !editor_.interactive() ? 1 : 0;
 }
@@ -266,6 +307,7 @@ int chat(const ChatFlags& flags) {
     llm::install_log(flags.model.verbose);
     catch_interrupts();
     const std::unique_ptr<Engine> engine = start(flags.model, kv);
+    catch_termination(); // not before: there is nothing to save while a model is loaded
     return Chat(flags, *engine).loop();
 }
 
@@ -276,6 +318,10 @@ Command add_chat(CLI::App& program) {
     CLI::App* command = program.add_subcommand("chat", "talk; /help lists what can be said");
     add_model_flags(*command, flags->model);
     add_answer_flags(*command, flags->answer);
+    command
+        ->add_option("--session", flags->session,
+                     "go on with the conversation in this file, where there is one, and save it there when leaving")
+        ->type_name("FILE");
     return [flags] { return chat(*flags); };
 }
 

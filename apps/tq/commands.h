@@ -12,6 +12,7 @@ using Command = std::function<int()>;
 
 Command add_run(CLI::App& program);
 Command add_chat(CLI::App& program);
+Command add_serve(CLI::App& program);
 Command add_info(CLI::App& program);
 Command add_demo(CLI::App& program);
 Command add_eval(CLI::App& program);

@@ -94,14 +94,18 @@ void add_model_flags(CLI::App& command, ModelFlags& flags) {
     add_output_flags(command, flags);
 }
 
+void add_sampling_flags(CLI::App& command, llm::SamplingFlags& flags) {
+    command.add_option("--temp", flags.temp, "temperature; 0: always the likeliest token")->type_name("X");
+    command.add_option("--top-k", flags.top_k, "choose among the K likeliest; 0: off")->type_name("K");
+    command.add_option("--top-p", flags.top_p, "choose among the likeliest that sum to P")->type_name("P");
+    command.add_option("--min-p", flags.min_p, "drop tokens below P times the likeliest")->type_name("P");
+}
+
 void add_answer_flags(CLI::App& command, AnswerFlags& flags) {
     command.add_option("-n", flags.limit, "most tokens of an answer; -1: until the context is full (default 1024)")
         ->type_name("N");
     command.add_option("--seed", flags.sampling.seed, "seed of the choice of tokens (default: random)")->type_name("N");
-    command.add_option("--temp", flags.sampling.temp, "temperature; 0: always the likeliest token")->type_name("X");
-    command.add_option("--top-k", flags.sampling.top_k, "choose among the K likeliest; 0: off")->type_name("K");
-    command.add_option("--top-p", flags.sampling.top_p, "choose among the likeliest that sum to P")->type_name("P");
-    command.add_option("--min-p", flags.sampling.min_p, "drop tokens below P times the likeliest")->type_name("P");
+    add_sampling_flags(command, flags.sampling);
     command.add_option("--system", flags.system, "system message; '': none (default: the model's own)")
         ->type_name("TEXT");
 }
@@ -134,7 +138,10 @@ void check_flags(const ModelFlags& flags) {
 
 void check_flags(const AnswerFlags& flags) {
     check_range("-n", static_cast<double>(flags.limit), -1, 1e9, "a number of tokens, or -1 for no limit");
-    const llm::SamplingFlags& sampling = flags.sampling;
+    check_flags(flags.sampling);
+}
+
+void check_flags(const llm::SamplingFlags& sampling) {
     check_range("--temp", sampling.temp.value_or(0), 0, 100, "a number from 0 to 100");
     check_range("--top-k", sampling.top_k.value_or(0), 0, 1e9, "0 or more");
     check_range("--top-p", sampling.top_p.value_or(1), 0, 1, "a number from 0 to 1");

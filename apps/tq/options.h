@@ -31,6 +31,8 @@ struct AnswerFlags {
 
 void add_model_flags(CLI::App& command, ModelFlags& flags);
 void add_answer_flags(CLI::App& command, AnswerFlags& flags);
+// --temp, --top-k, --top-p and --min-p.
+void add_sampling_flags(CLI::App& command, llm::SamplingFlags& flags);
 
 // --profile and --no-profile.
 void add_profile_flags(CLI::App& command, llm::ProfileFlags& flags);
@@ -47,6 +49,7 @@ llm::KvChoice choose_kv(const ModelFlags& flags);
 // Throws UsageError naming flag, value and what is accepted.
 void check_flags(const ModelFlags& flags);
 void check_flags(const AnswerFlags& flags);
+void check_flags(const llm::SamplingFlags& sampling);
 
 // "temp" and "0.7" into flags, as --temp 0.7 does; for /set. Throws UsageError.
 void set_answer_flag(AnswerFlags& flags, const std::string& name, const std::string& value);

@@ -18,13 +18,31 @@ namespace {
 std::atomic<bool> interrupted{false};
 static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler writes it");
 
+std::atomic<bool> terminated{false};
+
 int wake_pipe[2] = {-1, -1};
+int end_of_input = -1; // stands in for a pipe on stdin once the program is to end; -1: stdin is a terminal
 
 void on_interrupt(int signal) {
     const int saved_errno = errno;
     if (interrupted.exchange(true)) {
         std::signal(signal, SIG_DFL);
         std::raise(signal);
+    }
+    const char byte = 0;
+    [[maybe_unused]] const ssize_t written = write(wake_pipe[1], &byte, 1);
+    errno = saved_errno;
+}
+
+void on_termination(int signal) {
+    const int saved_errno = errno;
+    if (terminated.exchange(true)) {
+        std::signal(signal, SIG_DFL);
+        std::raise(signal);
+    }
+    interrupted.store(true);
+    if (end_of_input >= 0) {
+        dup2(end_of_input, STDIN_FILENO); // or a read that begins right now would wait for ever
     }
     const char byte = 0;
     [[maybe_unused]] const ssize_t written = write(wake_pipe[1], &byte, 1);
@@ -110,7 +128,27 @@ int interrupt_fd() {
 bool take_interrupt() {
     char bytes[16];
     while (wake_pipe[0] >= 0 && read(wake_pipe[0], bytes, sizeof bytes) > 0) {}
-    return interrupted.exchange(false);
+    const bool was = interrupted.exchange(false);
+    if (terminated) {
+        interrupted = true;
+    }
+    return was;
+}
+
+void catch_termination() {
+    if (isatty(STDIN_FILENO) == 0) {
+        end_of_input = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    }
+    struct sigaction action = {};
+    action.sa_handler = on_termination;
+    sigemptyset(&action.sa_mask);
+    action.sa_flags = 0;
+    sigaction(SIGTERM, &action, nullptr);
+    sigaction(SIGHUP, &action, nullptr);
+}
+
+bool termination_requested() {
+    return terminated;
 }
 
 } // namespace turboquant::app

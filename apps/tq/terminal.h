@@ -27,7 +27,12 @@ void catch_interrupts();
 const std::atomic<bool>& interrupt_flag();
 // Readable after a Ctrl-C, until take_interrupt(): for poll(). -1 before catch_interrupts().
 int interrupt_fd();
-// Was there one? Clears it.
+// Was there one? Clears it, unless the program is to end.
 bool take_interrupt();
+
+// SIGTERM and SIGHUP (the terminal is gone) count as a Ctrl-C that lasts and end the input, so that what is to be saved can be. A
+// second one ends the program. After catch_interrupts().
+void catch_termination();
+bool termination_requested();
 
 } // namespace turboquant::app

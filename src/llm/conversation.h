@@ -36,9 +36,10 @@ public:
     void reset();                             // forgets all but the system message
     void set_system(const std::string& text); // and starts over; empty: none
 
-    // One file with messages and the cache's state. Error names the file.
+    // One file with messages and the cache's state (session_archive.h). Error names the file.
     void save(const std::string& path) const;
-    // Returns what became of it, in one line: whether the cache was restored or has to be read again.
+    // Returns what became of it, in one line that names the file: whether the cache was restored or has to be read again, and why.
+    // Error, and nothing changed: cannot be read, or (DamagedSession) holds no messages that could be trusted.
     std::string load(const std::string& path);
 
 private:

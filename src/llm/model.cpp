@@ -132,12 +132,12 @@ std::vector<Token> Model::tokenize(std::string_view text, bool with_special_star
     return tokens;
 }
 
-std::string Model::piece(Token token) const {
+std::string Model::piece(Token token, bool special) const {
     std::string text(32, '\0');
-    int32_t n = llama_token_to_piece(vocab(), token, text.data(), static_cast<int32_t>(text.size()), 0, false);
+    int32_t n = llama_token_to_piece(vocab(), token, text.data(), static_cast<int32_t>(text.size()), 0, special);
     if (n < 0) {
         text.resize(static_cast<size_t>(-n));
-        n = llama_token_to_piece(vocab(), token, text.data(), static_cast<int32_t>(text.size()), 0, false);
+        n = llama_token_to_piece(vocab(), token, text.data(), static_cast<int32_t>(text.size()), 0, special);
     }
     text.resize(static_cast<size_t>(n < 0 ? 0 : n));
     return text;

@@ -49,8 +49,9 @@ public:
     // Error when the model has no vocabulary that text could be turned into.
     // parse_special: "<|im_end|>" and the like become the control tokens that they name, else they stay text.
     std::vector<Token> tokenize(std::string_view text, bool with_special_start, bool parse_special = true) const;
-    // Bytes of one token; control tokens are empty. Not necessarily whole characters.
-    std::string piece(Token token) const;
+    // Bytes of one token; control tokens are empty, unless `special` asks for their names. Not necessarily whole characters.
+    std::string piece(Token token, bool special = false) const;
+    int vocabulary() const { return llama_vocab_n_tokens(vocab()); }
     bool ends_answer(Token token) const { return llama_vocab_is_eog(vocab(), token); }
 
 private:

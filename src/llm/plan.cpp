@@ -276,8 +276,8 @@ CachePlan ModelPlan::plan(int64_t asked) const {
     return result;
 }
 
-int64_t ModelPlan::total_bytes(const CachePlan& plan, const KvChoice& choice) const {
-    return weight_bytes + kv_bytes(plan, choice) + plan.recurrent_bytes + plan.compute_bytes;
+int64_t ModelPlan::total_bytes(const CachePlan& plan, const KvChoice& choice, int sequences) const {
+    return weight_bytes + sequences * (kv_bytes(plan, choice) + plan.recurrent_bytes) + plan.compute_bytes;
 }
 
 int64_t ModelPlan::largest_context(const KvChoice& choice, int64_t available) const {

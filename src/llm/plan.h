@@ -58,8 +58,8 @@ public:
 
     // context: any number of tokens >= 1; rounded up to libllama's granularity of 256. Cheap whatever its size.
     CachePlan plan(int64_t context) const;
-    // Weights + caches + libllama's compute buffers.
-    int64_t total_bytes(const CachePlan& plan, const KvChoice& choice) const;
+    // Weights + caches of so many sequences + libllama's compute buffers.
+    int64_t total_bytes(const CachePlan& plan, const KvChoice& choice, int sequences = 1) const;
     // The largest multiple of 256 whose total_bytes fits into `available`; 0 if none does.
     int64_t largest_context(const KvChoice& choice, int64_t available) const;
 

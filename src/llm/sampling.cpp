@@ -31,9 +31,17 @@ SamplingOptions resolve_sampling(const SamplingFlags& flags, const Model& model)
     return options;
 }
 
-Sampler make_sampler(const SamplingOptions& options) {
+Sampler make_sampler(const SamplingOptions& options, int vocabulary) {
     Sampler chain(llama_sampler_chain_init(llama_sampler_chain_default_params()));
     const auto add = [&](llama_sampler* stage) { llama_sampler_chain_add(chain.get(), stage); };
+    if (!options.bias.empty()) {
+        add(llama_sampler_init_logit_bias(vocabulary, static_cast<int32_t>(options.bias.size()), options.bias.data()));
+    }
+    if (options.penalties()) {
+        add(llama_sampler_init_penalties(
+            vocabulary, options.penalty_last, static_cast<float>(options.repeat_penalty),
+            static_cast<float>(options.frequency_penalty), static_cast<float>(options.presence_penalty)));
+    }
     if (options.temp <= 0) {
         add(llama_sampler_init_greedy());
         return chain;

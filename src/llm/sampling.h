@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 namespace turboquant::llm {
 
@@ -15,6 +16,19 @@ struct SamplingOptions {
     double top_p = 0.95;
     double min_p = 0.05;
     uint32_t seed = 0;
+    // On scores, before all of the above. The penalties count among the latest `penalty_last` tokens that the sampler
+    // has accepted.
+    double repeat_penalty = 1; // > 0; 1: off
+    double presence_penalty = 0;
+    double frequency_penalty = 0;
+    int penalty_last = 64; // 0: no penalties
+    std::vector<llama_logit_bias> bias;
+
+    bool penalties() const {
+        return penalty_last > 0 && (repeat_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0);
+    }
+    // The choice is the largest of the model's own scores.
+    bool plain_greedy() const { return temp <= 0 && !penalties() && bias.empty(); }
 };
 
 // What the user said; the rest comes from the model's metadata (general.sampling.*), else from the defaults above.
@@ -31,6 +45,7 @@ struct SamplerDeleter {
     void operator()(llama_sampler* sampler) const { llama_sampler_free(sampler); }
 };
 using Sampler = std::unique_ptr<llama_sampler, SamplerDeleter>;
-Sampler make_sampler(const SamplingOptions& options);
+// vocabulary: tokens of the model; only bias and penalties need it.
+Sampler make_sampler(const SamplingOptions& options, int vocabulary = 0);
 
 } // namespace turboquant::llm

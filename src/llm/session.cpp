@@ -2,35 +2,14 @@
 
 #include "llm/error.h"
 #include "llm/log.h"
-#include "llm/plugin.h"
-#include "llm/sysinfo.h"
 #include "llm/utf8.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include <fmt/format.h>
 
 namespace turboquant::llm {
 namespace {
-
-ggml_type find_type(const std::string& name) {
-    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
-        const auto type = static_cast<ggml_type>(i);
-        const char* known = ggml_type_name(type);
-        if (known != nullptr && name == known) {
-            return type;
-        }
-    }
-    throw Error(fmt::format("this libllama has no cache type {}; use --kv f16 or a preset", name));
-}
-
-// Bytes that the logged rows take in f16: the log counts them in the type of the cache.
-double in_f16(double mib, const std::string& type_name) {
-    const ggml_type type = find_type(type_name);
-    return mib * 1024 * 1024 * 2 * static_cast<double>(ggml_blck_size(type)) /
-           static_cast<double>(ggml_type_size(type));
-}
 
 double seconds_since(int64_t start_us) {
     return static_cast<double>(llama_time_us() - start_us) * 1e-6;
@@ -49,46 +28,17 @@ const char* stop_name(Stop stop) {
 }
 
 Session::Session(const Model& model, const SessionOptions& options) : model_(model), options_(options) {
-    const KvChoice& kv = options_.kv;
-    if (kv.turboquant()) {
-        configure_plugin(kv, shared_head_size(options_.plan));
-    }
-    if (llama_model_has_encoder(model.get()) || !llama_model_has_decoder(model.get()) ||
-        llama_model_is_diffusion(model.get())) {
-        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
-    }
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx = static_cast<uint32_t>(options_.plan.context);
-    params.n_batch = kBatch;
-    params.n_ubatch = kBatch;
-    params.n_threads = options_.threads > 0 ? options_.threads : default_threads();
-    params.n_threads_batch = params.n_threads;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    params.type_k = kv.turboquant() ? GGML_TYPE_F16 : find_type(kv.host_type);
-    params.type_v = params.type_k;
-    params.offload_kqv = true;
-    // Unless told otherwise sliding layers hold their window only; going back further reads again (keep_common).
-    params.swa_full = options_.full_cache;
-    params.no_perf = true;
-    params.abort_callback = [](void* self) { return static_cast<Session*>(self)->interrupted(); };
-    params.abort_callback_data = this;
-    const LogCapture log;
-    ctx_.reset(llama_init_from_model(model.get(), params));
-    if (!ctx_) {
-        throw Error(fmt::format("{}: no context of {} tokens with the {} cache: {}{}", model.path(),
-                                options_.plan.context, kv.name, log.reason("libllama gave no reason"),
-                                kv.turboquant() ? "; --no-turboquant uses llama.cpp's own cache" : ""));
-    }
-    if (llama_get_memory(ctx_.get()) == nullptr) {
-        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
-    }
-    const LoggedMemory memory = log.memory();
-    kv_bytes_ = std::llround(memory.kv_buffer_mib * 1024 * 1024);
-    double f16 = 0;
-    for (const LoggedCache& cache : memory.caches) {
-        f16 += in_f16(cache.key_mib, cache.key_type) + in_f16(cache.value_mib, cache.value_type);
-    }
-    kv_f16_bytes_ = std::llround(f16);
+    Context context = make_context(
+        model, {.kv = options_.kv,
+                .plan = options_.plan,
+                .batch = kBatch,
+                .threads = options_.threads,
+                .full_cache = options_.full_cache,
+                .abort = [](void* self) { return static_cast<Session*>(self)->interrupted(); },
+                .abort_data = this});
+    ctx_ = std::move(context.handle);
+    kv_bytes_ = context.kv_bytes;
+    kv_f16_bytes_ = context.kv_f16_bytes;
 }
 
 Session::~Session() = default;

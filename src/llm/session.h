@@ -1,6 +1,7 @@
 // One timeline of tokens and its KV cache. RAII over llama_context (sequence 0 of it). Not thread-safe.
 #pragma once
 
+#include "llm/context.h"
 #include "llm/kv_choice.h"
 #include "llm/model.h"
 #include "llm/plan.h"
@@ -105,7 +106,7 @@ private:
 
     const Model& model_;
     SessionOptions options_;
-    std::unique_ptr<llama_context, decltype(&llama_free)> ctx_{nullptr, &llama_free};
+    std::unique_ptr<llama_context, ContextDeleter> ctx_;
     std::vector<Token> cached_;
     int64_t kv_bytes_ = 0;
     int64_t kv_f16_bytes_ = 0;

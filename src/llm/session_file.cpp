@@ -1,37 +1,19 @@
-// Conversation::save and load. The file: a magic line, the length of a JSON text (8 bytes, little endian), the JSON
-// text, the state of the cache as libllama wrote it. The JSON alone is enough to go on; the state saves the reading.
+// Conversation::save and load: a session archive whose note holds the messages. They alone are enough to go on; the state saves
+// the reading.
 #include "llm/conversation.h"
 #include "llm/error.h"
+#include "llm/session_archive.h"
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 namespace turboquant::llm {
-namespace {
 
 using nlohmann::json;
-constexpr char kMagic[] = "TQCHAT 1\n";
-constexpr size_t kMagicBytes = sizeof kMagic - 1;
-
-// FNV-1a: a damaged state must not reach libllama, which trusts what it reads.
-uint64_t checksum(const std::vector<uint8_t>& bytes) {
-    uint64_t hash = 0xcbf29ce484222325U;
-    for (const uint8_t byte : bytes) {
-        hash = (hash ^ byte) * 0x100000001b3U;
-    }
-    return hash;
-}
-
-} // namespace
 
 void Conversation::save(const std::string& path) const {
-    const std::vector<uint8_t> state = session_.state();
     json messages = json::array();
     for (const Message& message : messages_) {
         messages.push_back({{"role", message.role}, {"content", message.content}});
@@ -40,72 +22,29 @@ void Conversation::save(const std::string& path) const {
     for (const Turn& turn : turns_) {
         turns.push_back({turn.token, turn.text});
     }
-    const std::string head = json{
-        {"model", session_.model().identity()},
-        {"kv", session_.kv().describe()},
-        {"messages", messages},
-        {"text", text_},
-        {"tokens", tokens_},
-        {"turns", turns},
-        {"cached", session_.cached()},
-        {"state_bytes", state.size()},
-        {"state_checksum",
-         checksum(state)}}.dump();
-    // Written beside the old file and moved over it, so that a full disk does not cost the old one.
-    const std::string part = path + ".part";
-    std::ofstream file(part, std::ios::binary | std::ios::trunc);
-    uint8_t length[8];
-    for (int i = 0; i < 8; ++i) {
-        length[i] = static_cast<uint8_t>(static_cast<uint64_t>(head.size()) >> (8 * i));
-    }
-    file.write(kMagic, kMagicBytes);
-    file.write(reinterpret_cast<const char*>(length), sizeof length);
-    file.write(head.data(), static_cast<std::streamsize>(head.size()));
-    file.write(reinterpret_cast<const char*>(state.data()), static_cast<std::streamsize>(state.size()));
-    file.close();
-    std::error_code failed;
-    if (file) {
-        std::filesystem::rename(part, path, failed);
-    }
-    if (!file || failed) {
-        const std::string reason = failed ? failed.message() : std::strerror(errno);
-        std::filesystem::remove(part, failed);
-        throw Error(fmt::format("{}: cannot be written: {}; choose another place", path, reason));
-    }
+    const std::string note =
+        json{{"messages", messages}, {"text", text_}, {"tokens", tokens_}, {"turns", turns}}.dump();
+    write_session(path, session_origin(session_.model(), session_.kv()), note, session_.cached(), session_.state());
 }
 
 std::string Conversation::load(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) {
-        throw Error(fmt::format("{}: cannot be opened: {}; check the path", path, std::strerror(errno)));
+    SessionHead head;
+    try {
+        head = read_session_head(path);
+    } catch (const DamagedSession& error) {
+        throw DamagedSession(fmt::format("{}; choose another file", error.what()));
     }
-    const Error not_ours(fmt::format("{}: not a conversation that /save wrote, or damaged; choose another file", path));
-    char magic[kMagicBytes] = {};
-    uint8_t length[8] = {};
-    file.read(magic, sizeof magic);
-    file.read(reinterpret_cast<char*>(length), sizeof length);
-    std::error_code failed;
-    const uint64_t file_bytes = std::filesystem::file_size(path, failed);
-    uint64_t head_bytes = 0;
-    for (int i = 0; i < 8; ++i) {
-        head_bytes |= static_cast<uint64_t>(length[i]) << (8 * i);
+    if (head.note.empty()) {
+        throw Error(fmt::format("{}: a session of tq serve, which keeps no messages; choose a file that /save wrote", path));
     }
-    if (!file || failed || std::memcmp(magic, kMagic, kMagicBytes) != 0 || head_bytes > file_bytes) {
-        throw not_ours;
-    }
-    std::string head(head_bytes, '\0');
-    file.read(head.data(), static_cast<std::streamsize>(head.size()));
+    const DamagedSession not_ours(
+        fmt::format("{}: damaged: its messages are not what tq writes; choose another file", path));
     std::vector<Message> messages;
     std::string text;
     std::vector<Token> tokens;
-    std::vector<Token> cached;
     std::vector<Turn> turns;
-    std::string model;
-    std::string kv;
-    uint64_t state_bytes = 0;
-    uint64_t state_checksum = 0;
     try {
-        const json root = json::parse(head);
+        const json root = json::parse(head.note);
         for (const json& message : root.at("messages")) {
             messages.push_back({message.at("role").get<std::string>(), message.at("content").get<std::string>()});
         }
@@ -114,11 +53,6 @@ std::string Conversation::load(const std::string& path) {
         }
         root.at("text").get_to(text);
         root.at("tokens").get_to(tokens);
-        root.at("cached").get_to(cached);
-        root.at("model").get_to(model);
-        root.at("kv").get_to(kv);
-        root.at("state_bytes").get_to(state_bytes);
-        root.at("state_checksum").get_to(state_checksum);
     } catch (const json::exception&) {
         throw not_ours;
     }
@@ -137,30 +71,27 @@ std::string Conversation::load(const std::string& path) {
     tokens_.clear();
     turns_.clear();
     session_.clear();
-    std::string obstacle;
-    if (model != session_.model().identity()) {
-        obstacle = "it was saved with another model";
-    } else if (kv != session_.kv().describe()) {
-        obstacle = "it was saved with another cache, " + kv;
-    } else if (!known(tokens) || !known(cached) || state_bytes > file_bytes) {
-        obstacle = "its cache is damaged";
-    } else {
-        std::vector<uint8_t> state(state_bytes);
-        file.read(reinterpret_cast<char*>(state.data()), static_cast<std::streamsize>(state.size()));
-        if (!file || checksum(state) != state_checksum) {
+    std::string obstacle = session_origin(session_.model(), session_.kv()).obstacle(head.origin);
+    if (obstacle.empty() && (!known(tokens) || !known(head.tokens))) {
+        obstacle = "its tokens are not the model's";
+    }
+    if (obstacle.empty()) {
+        try {
+            if (!session_.restore(read_session_state(path, head), head.tokens)) {
+                obstacle = "its cache does not fit into this context";
+            }
+        } catch (const DamagedSession&) {
             obstacle = "its cache is damaged";
-        } else if (!session_.restore(state, cached)) {
-            obstacle = "its cache does not fit into this context";
         }
     }
     if (!obstacle.empty()) {
-        return fmt::format("loaded {} messages; all of it will be read again with the next question ({})",
+        return fmt::format("{}: loaded {} messages; all of it will be read again with the next question ({})", path,
                            messages_.size(), obstacle);
     }
     text_ = std::move(text);
     tokens_ = std::move(tokens);
     turns_ = std::move(turns);
-    return fmt::format("loaded {} messages and their cache of {} tokens; nothing has to be read again",
+    return fmt::format("{}: loaded {} messages and their cache of {} tokens; nothing has to be read again", path,
                        messages_.size(), session_.cached().size());
 }
 

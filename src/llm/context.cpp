@@ -1,0 +1,85 @@
+#include "llm/context.h"
+
+#include "llm/error.h"
+#include "llm/log.h"
+#include "llm/plugin.h"
+#include "llm/sysinfo.h"
+
+#include <cmath>
+
+#include <fmt/format.h>
+
+namespace turboquant::llm {
+namespace {
+
+ggml_type find_type(const std::string& name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        const char* known = ggml_type_name(type);
+        if (known != nullptr && name == known) {
+            return type;
+        }
+    }
+    throw Error(fmt::format("this libllama has no cache type {}; use --kv f16 or a preset", name));
+}
+
+// Bytes that the logged rows take in f16: the log counts them in the type of the cache.
+double in_f16(double mib, const std::string& type_name) {
+    const ggml_type type = find_type(type_name);
+    return mib * 1024 * 1024 * 2 * static_cast<double>(ggml_blck_size(type)) /
+           static_cast<double>(ggml_type_size(type));
+}
+
+} // namespace
+
+Context make_context(const Model& model, const ContextOptions& options) {
+    const KvChoice& kv = options.kv;
+    if (kv.turboquant()) {
+        configure_plugin(kv, shared_head_size(options.plan));
+    }
+    if (llama_model_has_encoder(model.get()) || !llama_model_has_decoder(model.get()) ||
+        llama_model_is_diffusion(model.get())) {
+        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
+    }
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = static_cast<uint32_t>(options.plan.context * options.sequences);
+    params.n_seq_max = static_cast<uint32_t>(options.sequences);
+    // A stream for each sequence: its own window of exact rows, so that what one conversation writes never changes what
+    // another one reads.
+    params.kv_unified = false;
+    params.n_batch = static_cast<uint32_t>(options.batch);
+    params.n_ubatch = static_cast<uint32_t>(options.batch);
+    params.n_threads = options.threads > 0 ? options.threads : default_threads();
+    params.n_threads_batch = params.n_threads;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.type_k = kv.turboquant() ? GGML_TYPE_F16 : find_type(kv.host_type);
+    params.type_v = params.type_k;
+    params.offload_kqv = true;
+    // Unless told otherwise sliding layers hold their window only; going back further reads again.
+    params.swa_full = options.full_cache;
+    params.no_perf = true;
+    params.abort_callback = options.abort;
+    params.abort_callback_data = options.abort_data;
+    const LogCapture log;
+    Context context;
+    context.handle.reset(llama_init_from_model(model.get(), params));
+    if (!context.handle) {
+        throw Error(fmt::format("{}: no context of {}{} tokens with the {} cache: {}{}", model.path(),
+                                options.sequences > 1 ? fmt::format("{} x ", options.sequences) : "",
+                                options.plan.context, kv.name, log.reason("libllama gave no reason"),
+                                kv.turboquant() ? "; --no-turboquant uses llama.cpp's own cache" : ""));
+    }
+    if (llama_get_memory(context.handle.get()) == nullptr) {
+        throw Error(fmt::format("{}: not a model that writes text token by token; use another one", model.path()));
+    }
+    const LoggedMemory memory = log.memory();
+    context.kv_bytes = std::llround(memory.kv_buffer_mib * 1024 * 1024);
+    double f16 = 0;
+    for (const LoggedCache& cache : memory.caches) {
+        f16 += in_f16(cache.key_mib, cache.key_type) + in_f16(cache.value_mib, cache.value_type);
+    }
+    context.kv_f16_bytes = std::llround(f16);
+    return context;
+}
+
+} // namespace turboquant::llm

@@ -1,0 +1,38 @@
+// A llama_context with the cache that was chosen: what a session and a server's engine both start from.
+#pragma once
+
+#include "llm/kv_choice.h"
+#include "llm/model.h"
+#include "llm/plan.h"
+
+#include <cstdint>
+#include <memory>
+
+namespace turboquant::llm {
+
+struct ContextOptions {
+    KvChoice kv;
+    CachePlan plan;         // of one sequence: its length and the head sizes
+    int sequences = 1;      // each with a cache of its own, plan.context tokens long
+    int64_t batch = 512;    // most tokens of a call of llama_decode
+    int threads = 0;        // 0: default_threads()
+    bool full_cache = false; // sliding layers keep all rows, so that going back is exact
+    ggml_abort_callback abort = nullptr;
+    void* abort_data = nullptr;
+};
+
+struct ContextDeleter {
+    void operator()(llama_context* context) const { llama_free(context); }
+};
+
+struct Context {
+    std::unique_ptr<llama_context, ContextDeleter> handle;
+    int64_t kv_bytes = 0;     // as allocated (libllama's log), all sequences together
+    int64_t kv_f16_bytes = 0; // the same cells in f16
+};
+
+// Error in one line when libllama or the plug-in refuses, or the model does not write text. The model must outlive the
+// context. Not thread-safe (environment, log).
+Context make_context(const Model& model, const ContextOptions& options);
+
+} // namespace turboquant::llm
