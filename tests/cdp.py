@@ -18,7 +18,7 @@ import time
 from typing import Any, Callable, Optional
 
 # Longest wait for anything: much more than a busy machine with two cores needs.
-PATIENCE = 30.0
+PATIENCE = float(os.environ.get("CDP_PATIENCE", "60"))
 
 KEYS = {
     "Enter": ("Enter", 13, "\r"), "Escape": ("Escape", 27, ""), "Tab": ("Tab", 9, ""), "Space": (" ", 32, " "), "Backspace": ("Backspace", 8, ""),
@@ -108,11 +108,10 @@ class Browser:
                 self.pages[message["sessionId"]].event(message["method"], message["params"])
 
     def page(self) -> Page:
-        """A page with a storage of its own, as in a new private window."""
-        context = self.call("Target.createBrowserContext", disposeOnDetach=True)["browserContextId"]
-        target = self.call("Target.createTarget", url="about:blank", browserContextId=context, width=1280, height=800)["targetId"]
+        """The tab that the browser starts with."""
+        target = next(t["targetId"] for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.pages[session] = Page(self, session, context)
+        self.pages[session] = Page(self, session)
         self.pages[session].prepare()
         return self.pages[session]
 
@@ -134,8 +133,8 @@ class Browser:
 class Page:
     """One tab. errors: what its console complained about, requests: bodies of its POSTs, in order."""
 
-    def __init__(self, browser: Browser, session: str, context: str):
-        self.browser, self.session, self.context = browser, session, context
+    def __init__(self, browser: Browser, session: str):
+        self.browser, self.session = browser, session
         self.errors: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.responses: list[dict[str, Any]] = []
@@ -181,7 +180,15 @@ class Page:
 
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'", "the page to load")
+        self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(address)})", "the page to load")
+
+    def forget(self) -> None:
+        """Leaves the page and forgets what its site has stored, and what was noted here."""
+        if (origin := self.run("location.origin")) != "null":
+            self.run("sessionStorage.clear()")
+            self.open("about:blank")
+            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self.errors, self.requests, self.responses = [], [], []
 
     def reload(self) -> None:
         self.run("window.before_reload = true")
@@ -246,7 +253,3 @@ class Page:
     def screenshot(self, path: str) -> None:
         with open(path, "wb") as file:
             file.write(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
-
-    def close(self) -> None:
-        self.browser.pages.pop(self.session, None)
-        self.browser.call("Target.disposeBrowserContext", browserContextId=self.context)
