@@ -230,6 +230,10 @@ class Page:
             self.call("Input.dispatchKeyEvent", type="keyDown", text=character, key=character)
             self.call("Input.dispatchKeyEvent", type="keyUp", key=character)
 
+    def insert(self, text: str) -> None:
+        """All at once, as an input method or a paste does, into what has the focus."""
+        self.call("Input.insertText", text=text)
+
     def click(self, selector: str) -> None:
         """A real press of the mouse in the middle of the element."""
         x, y = self.run(f"(() => {{ const n = document.querySelector({json.dumps(selector)}); n.scrollIntoView({{ block: 'nearest' }});"

@@ -1,7 +1,7 @@
 """The web page of tq serve in a real browser: serve_page_test.py TQ [TEST...] [--screenshots DIR]
 
 Headless Chromium (CHROMIUM=, else from the path) is driven by keys and clicks over its DevTools protocol (cdp.py). Needs TQ_TEST_SMOLLM2.
-Exit status 77: nothing to test with. --screenshots writes page.png, page-dark.png and page-phone.png there and tests nothing.
+Exit status 77: nothing to test with. --screenshots writes page.png, page-dark.png, page-phone.png and page-start.png there and tests nothing.
 Standard library only.
 """
 
@@ -29,6 +29,8 @@ TQ = ""
 PLANET = "Name the planet we live on."
 LONG = "Write a long story about a lighthouse keeper."
 KEY = "page-test-key"
+# Small, and one thread: other tests run beside these.
+LEAN = ("--threads", "1", "--ctx", "2048", "--parallel", "2", "--no-profile")
 
 # What the page shows, as JavaScript expressions.
 BUSY = "!document.querySelector('#stop').hidden"
@@ -57,8 +59,7 @@ class Server:
         assert Server.folder
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("TURBOQUANT_", "XDG_"))}
         environment.update(HOME=Server.folder)
-        command = [TQ, "serve", "-m", MODEL, "--host", "127.0.0.1", "--port", str(self.port), "--threads", "1", "--ctx", "2048",
-                   "--parallel", "2", *arguments]
+        command = [TQ, "serve", "-m", MODEL, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self.log = open(os.path.join(Server.folder, f"log-{self.port}"), "ab+")
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
 
@@ -161,11 +162,11 @@ class Case(unittest.TestCase):
         self.page.press("Enter")
         self.page.wait("!document.querySelector('#options').open", "the settings to be taken")
 
-    def ask(self, question: str, done: bool = True) -> str:
-        """Asks with key events; waits for the answer unless told otherwise."""
+    def ask(self, question: str, done: bool = True, keys: bool = False) -> str:
+        """Asks, with a key press for each character or all at once; waits for the answer unless told otherwise."""
         count = len(self.page.requests)
         self.page.run("document.querySelector('#question').focus()")
-        self.page.type(question)
+        (self.page.type if keys else self.page.insert)(question)
         self.assertEqual(self.page.run("document.querySelector('#question').value"), question)
         self.page.press("Enter")
         self.page.wait("document.querySelector('#question').value === ''", "the question to be taken")
@@ -186,7 +187,7 @@ class Chat(Case):
         # Lengths of the answer while it is on its way, noted whenever the page changes it.
         self.page.run("window.lengths = []; new MutationObserver(() => {" f" if ({BUSY}) lengths.push({ANSWER}.length);" " })"
                       ".observe(document.querySelector('#messages'), { childList: true, subtree: true, characterData: true }); 0")
-        self.assertIn("Earth", self.ask(PLANET))
+        self.assertIn("Earth", self.ask(PLANET, keys=True))
         lengths = self.page.run("lengths.filter((n, i) => n !== lengths[i - 1])")
         self.assertGreater(len(lengths), 3, "the answer came in one piece")
         self.assertEqual(self.page.run("document.querySelector('#messages .bubble').textContent"), PLANET)
@@ -622,7 +623,7 @@ class Trouble(Case):
 
     def test_key_and_a_server_that_goes(self) -> None:
         port = free_port()
-        server = Server("--api-key", KEY, port=port).ready()
+        server = Server(*LEAN, "--api-key", KEY, port=port).ready()
         self.addCleanup(lambda: server.close())
         self.open(server)
         dialog = "document.querySelector('#key').open"
@@ -646,14 +647,14 @@ class Trouble(Case):
         server.close()
         self.ask("Say hello.", done=False)
         self.fails_with(f"127.0.0.1:{port} does not answer")
-        server = Server("--api-key", KEY, port=port).ready()
+        server = Server(*LEAN, "--api-key", KEY, port=port).ready()
         self.assertGreater(len(self.try_again()), 1)
         self.assertEqual([m["content"] for m in self.page.requests[-1]["messages"] if m["role"] == "user"], [PLANET, "Say hello."])
 
 
 def shared_server(kept: list[Server] = []) -> Server:
     if not kept:
-        kept.append(Server())
+        kept.append(Server(*LEAN))
         unittest.addModuleCleanup(kept[0].close)
     return kept[0].ready()
 
@@ -666,25 +667,44 @@ def shared_page(kept: list[cdp.Page] = []) -> cdp.Page:
     return kept[0]
 
 
+FONTS = """<fontconfig>
+<include>/etc/fonts/fonts.conf</include>
+<alias binding="same"><family>sans-serif</family><prefer><family>Inter</family><family>Noto Sans</family><family>Liberation Sans</family></prefer></alias>
+<alias binding="same"><family>system-ui</family><prefer><family>Inter</family><family>Noto Sans</family><family>Liberation Sans</family></prefer></alias>
+</fontconfig>"""
+
+
 def screenshots(folder: str) -> None:
-    """The pictures of docs/serve.md: real questions, answered by the model."""
+    """The pictures of docs/serve.md: real questions, answered by the model. Looks best where Debian's fonts-inter is installed."""
     os.makedirs(folder, exist_ok=True)
+    assert Server.folder
+    with open(os.path.join(Server.folder, "fonts.conf"), "w", encoding="utf-8") as file:
+        file.write(FONTS)
+    os.environ["FONTCONFIG_FILE"] = file.name
+    server = Server()
+    unittest.addModuleCleanup(server.close)
     case = Chat()
-    Chat.setUpClass()
-    case.open(case.server)
+    case.server, case.page = server.ready(), shared_page()
+    case.browser = case.page.browser
+    case.open(server)
     case.connected()
-    case.page.screen(1200, 800)
-    case.settings(temperature=0, max_tokens=400)
-    for question in ("Why is the sky blue?", "Name three uses of a compass.", "Write a Python function that adds two numbers."):
-        case.page.click("#new")
-        case.ask(question)
-        print(f"{question}\n{case.page.run(ANSWER)}\n{case.page.run('document.querySelector(`#gauges`).innerText')}\n")
-    for name, scheme in (("page", "light"), ("page-dark", "dark"), ("page-phone", "light")):
+    case.settings(temperature=0, max_tokens=300)
+
+    def shoot(name: str, scheme: str, *screen: Any) -> None:
         case.page.scheme(scheme)
-        case.page.screen(*((360, 740, True, 2) if name == "page-phone" else (1200, 800)))
-        case.page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 500))))")
-        case.page.run("document.querySelector('#scroller').scrollTop = 0; document.activeElement.blur()")
+        case.page.screen(*screen)
+        case.page.run("document.activeElement.blur(), document.querySelector('#scroller').scrollTop = 0")
+        case.page.run("Promise.all(document.getAnimations().map((a) => a.finished)).then(() => new Promise(requestAnimationFrame))")
         case.page.screenshot(os.path.join(folder, name + ".png"))
+
+    shoot("page-start", "light", 1200, 800)
+    for conversation in (("Why is the sky blue?",), ("Name three uses of a compass.",), (PLANET, "What is photosynthesis?")):
+        case.page.click("#new")
+        for question in conversation:
+            print(f"{question}\n{case.ask(question)}\n{case.page.run('document.querySelector(`#gauges`).innerText')}\n")
+    shoot("page", "light", 1200, 800)
+    shoot("page-dark", "dark", 1200, 800)
+    shoot("page-phone", "light", 360, 740, True, 2)
 
 
 def main() -> int:
