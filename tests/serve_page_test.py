@@ -667,11 +667,10 @@ def shared_page(kept: list[cdp.Page] = []) -> cdp.Page:
     return kept[0]
 
 
-FONTS = """<fontconfig>
-<include>/etc/fonts/fonts.conf</include>
-<alias binding="same"><family>sans-serif</family><prefer><family>Inter</family><family>Noto Sans</family><family>Liberation Sans</family></prefer></alias>
-<alias binding="same"><family>system-ui</family><prefer><family>Inter</family><family>Noto Sans</family><family>Liberation Sans</family></prefer></alias>
-</fontconfig>"""
+# What stands for the system's font in pictures, so that they look the same wherever they are made.
+FONTS = "<fontconfig><include>/etc/fonts/fonts.conf</include>" + "".join(
+    f'<match><test name="family" qual="first"><string>{name}</string></test><edit name="family" mode="prepend" binding="strong">'
+    f"<string>Inter</string><string>Liberation Sans</string></edit></match>" for name in ("system-ui", "sans-serif", "DejaVu Sans")) + "</fontconfig>"
 
 
 def screenshots(folder: str) -> None:
