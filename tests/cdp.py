@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any, Callable, Optional
 
-# Longest wait for anything: much more than a busy machine with two cores needs.
+# Longest wait for anything, in seconds: much more than a busy machine with two cores needs. CDP_PATIENCE= changes it.
 PATIENCE = float(os.environ.get("CDP_PATIENCE", "60"))
 
 KEYS = {

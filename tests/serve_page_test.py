@@ -220,8 +220,8 @@ class Chat(Case):
         self.page.wait(f"{ANSWER}.length > 40 && {BUSY}", "the answer to begin")
         self.assertEqual(self.server.running(), 1)
         self.page.press("Escape")
-        self.page.wait(IDLE, "the answer to stop", 3)
-        end = time.monotonic() + 3
+        self.page.wait(IDLE, "the answer to stop", 5)
+        end = time.monotonic() + 5
         while self.server.running() > 0:
             self.assertLess(time.monotonic(), end, "the server goes on with an answer nobody reads")
             time.sleep(0.05)
@@ -233,7 +233,7 @@ class Chat(Case):
         self.page.wait(f"{BUSY} && {ANSWER}.length > 5", "the second answer to begin")
         self.assertEqual(self.page.requests[-1]["messages"][1], {"role": "assistant", "content": self.page.run(CHATS)[0]["messages"][1]["content"]})
         self.page.click("#stop")
-        self.page.wait(IDLE, "the second answer to stop", 3)
+        self.page.wait(IDLE, "the second answer to stop", 5)
 
     def test_regenerate_asks_the_same_again(self) -> None:
         self.settings(temperature=0, max_tokens=12)
