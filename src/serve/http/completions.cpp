@@ -14,9 +14,9 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kLook = 20ms;      // how often a waiting thread looks whether the client is still there
-constexpr auto kKeepAlive = 10s;  // silence after which a comment keeps a stream open through proxies
-constexpr int kClientGone = 499;  // in the log and the metrics only: nobody is left to read it
+constexpr auto kLook = 40ms;     // how often a waiting thread looks whether the client is still there
+constexpr auto kKeepAlive = 10s; // silence after which a comment keeps a stream open through proxies
+constexpr int kClientGone = 499; // in the log and the metrics only: nobody is left to read it
 
 ApiError as_error(const Failure& failure) {
     switch (failure.kind) {
@@ -226,7 +226,8 @@ void complete(const Service& service, bool chat, const httplib::Request& request
         answer_whole(service, *stream, std::move(json), descriptor, response);
         return;
     }
-    const auto feed = std::make_shared<EventFeed>(service, stream, std::move(json), chat, asked.include_usage, descriptor);
+    const auto feed =
+        std::make_shared<EventFeed>(service, stream, std::move(json), chat, asked.include_usage, descriptor);
     response.set_header("Cache-Control", "no-cache");
     response.set_header("X-Accel-Buffering", "no"); // nginx: hand events on as they come
     response.set_chunked_content_provider(
