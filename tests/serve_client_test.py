@@ -54,8 +54,8 @@ class Chat(WithServer):
         self.assertEqual(caught.exception.code, "model_not_found")
 
     def test_answer(self):
-        answer = self.chat(QUESTIONS[0])
-        self.assertIn("Paris", answer.choices[0].message.content)
+        answer = self.chat("Name the planet we live on.")
+        self.assertIn("Earth", answer.choices[0].message.content)
         self.assertEqual(answer.choices[0].message.role, "assistant")
         self.assertIn(answer.choices[0].finish_reason, ("stop", "length"))
         self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens)
