@@ -136,18 +136,16 @@ int choose_slots(const ServeFlags& flags, const llm::ModelPlan& model, const llm
         const auto budget = static_cast<int64_t>(*flags.kv_bytes);
         const int64_t fitting = budget / std::max<int64_t>(1, slot_bytes);
         if (fitting < flags.parallel.value_or(1)) {
-            throw llm::Error(fmt::format("--kv-bytes {}: a conversation of {} tokens takes {} with the {} cache, so {} fit; use "
-                                         "a smaller --ctx{}, fewer bits (--kv tq3) or more bytes",
-                                         llm::format_bytes(budget), llm::format_count(plan.context),
-                                         llm::format_bytes(slot_bytes), kv.name, fitting,
-                                         flags.parallel ? ", a smaller --parallel" : ""));
+            throw llm::Error(
+                fmt::format("--kv-bytes {}: a conversation of {} tokens takes {} with the {} cache, so {} fit; use "
+                            "a smaller --ctx{}, fewer bits (--kv tq3) or more bytes",
+                            llm::format_bytes(budget), llm::format_count(plan.context), llm::format_bytes(slot_bytes),
+                            kv.name, fitting, flags.parallel ? ", a smaller --parallel" : ""));
         }
         most = static_cast<int>(std::min<int64_t>(most, fitting));
     }
     const llm::FreeMemory memory = llm::free_memory();
-    const auto fits = [&](int slots) {
-        return memory.bytes < 0 || model.total_bytes(plan, kv, slots) <= memory.bytes;
-    };
+    const auto fits = [&](int slots) { return memory.bytes < 0 || model.total_bytes(plan, kv, slots) <= memory.bytes; };
     if (fits(most)) {
         return most;
     }
@@ -157,11 +155,11 @@ int choose_slots(const ServeFlags& flags, const llm::ModelPlan& model, const llm
         --fitting;
     }
     if (flags.parallel) {
-        throw llm::Error(fmt::format("--parallel {}: {} conversations of {} tokens need {} with the {} cache, {} leaves {}; "
-                                     "use --parallel {} or a smaller --ctx",
-                                     most, most, llm::format_count(plan.context),
-                                     llm::format_bytes(model.total_bytes(plan, kv, most)), kv.name, memory.source,
-                                     llm::format_bytes(memory.bytes), fitting));
+        throw llm::Error(fmt::format(
+            "--parallel {}: {} conversations of {} tokens need {} with the {} cache, {} leaves {}; "
+            "use --parallel {} or a smaller --ctx",
+            most, most, llm::format_count(plan.context), llm::format_bytes(model.total_bytes(plan, kv, most)), kv.name,
+            memory.source, llm::format_bytes(memory.bytes), fitting));
     }
     return fitting;
 }
@@ -195,7 +193,8 @@ int run_server(ServeFlags flags) {
     serve::Server server(flags.server, metrics, log);
     server.start();
     if (flags.server.keys.empty() && !serve::is_loopback(flags.server.host)) {
-        log.notice(fmt::format("{}: open to the network without an API key; --api-key-file asks for one", server.url()));
+        log.notice(
+            fmt::format("{}: open to the network without an API key; --api-key-file asks for one", server.url()));
     }
 
     const llm::Model model = llm::Model::load(path, kv.turboquant(), progress("loading " + file));
@@ -225,8 +224,8 @@ int run_server(ServeFlags flags) {
                                     .engine = engine,
                                     .kv = kv,
                                     .defaults = llm::resolve_sampling(flags.sampling, model),
-                                    .name = flags.alias.empty() ? std::filesystem::path(path).stem().string()
-                                                                : flags.alias,
+                                    .name =
+                                        flags.alias.empty() ? std::filesystem::path(path).stem().string() : flags.alias,
                                     .most_tokens = flags.limit,
                                     .timeout = std::chrono::seconds(flags.timeout),
                                     .log_prompts = flags.log_prompts};
@@ -239,8 +238,8 @@ int run_server(ServeFlags flags) {
                            server.url(), status.slots, llm::format_count(status.context), kv.name,
                            llm::format_bytes(status.kv_bytes), llm::format_bytes(status.kv_f16_bytes)));
     signals.wait();
-    log.notice(fmt::format("shutting down: finishing what is running, at most {} s; Ctrl-C again ends at once",
-                           flags.drain));
+    log.notice(
+        fmt::format("shutting down: finishing what is running, at most {} s; Ctrl-C again ends at once", flags.drain));
     engine.drain(serve::Clock::now() + std::chrono::seconds(flags.drain));
     if (sessions != nullptr) {
         sessions->flush();
@@ -272,8 +271,7 @@ Command add_serve(CLI::App& program) {
         ->type_name("N");
     command->add_option("--timeout", flags->timeout, "longest a request may take, waiting included (default 600)")
         ->type_name("SECONDS");
-    command
-        ->add_option("--drain", flags->drain, "at SIGTERM or Ctrl-C, time to finish running answers (default 30)")
+    command->add_option("--drain", flags->drain, "at SIGTERM or Ctrl-C, time to finish running answers (default 30)")
         ->type_name("SECONDS");
     command->add_option("-n", flags->limit, "most tokens of any answer; -1: until the context is full (default)")
         ->type_name("N");
@@ -297,7 +295,8 @@ Command add_serve(CLI::App& program) {
         ->add_option("--cors-origin", flags->server.cors_origin,
                      "let pages of this origin use the server, as in https://example.org; '*': all (default: none)")
         ->type_name("ORIGIN");
-    command->add_option("--alias", flags->alias, "the model's name in answers (default: its file's)")->type_name("NAME");
+    command->add_option("--alias", flags->alias, "the model's name in answers (default: its file's)")
+        ->type_name("NAME");
     command->add_option("--log-format", flags->log_format, "lines about requests: text, json or none (default text)")
         ->type_name("FORMAT");
     command->add_flag("--log-prompts", flags->log_prompts, "write prompts into these lines");
