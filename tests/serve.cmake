@@ -7,6 +7,9 @@ if(NOT TURBOQUANT_BUILD_PLUGIN)
     return()
 endif()
 
+add_test(NAME serve_page_test COMMAND "${Python3_EXECUTABLE}" -B "${CMAKE_CURRENT_SOURCE_DIR}/serve_page_test.py" $<TARGET_FILE:tq>)
+set_tests_properties(serve_page_test PROPERTIES LABELS serve TIMEOUT 240 SKIP_RETURN_CODE 77)
+
 # A ctest entry a group of tests; each starts servers of its own. Exit status 77: something they need is missing.
 foreach(group IN ITEMS client_Chat client_Batching http_Requests http_Limits http_Ends)
     string(REGEX MATCH "^[a-z]+" script "${group}")

@@ -66,6 +66,8 @@ class Requests(WithServer):
         self.refused(400, "invalid_type", "POST", CHAT, {**HELLO, "temperature": "hot"})
         self.refused(400, "unsupported_parameter", "POST", CHAT, {**HELLO, "n": 2})
         self.refused(400, "context_length_exceeded", "POST", "/v1/completions", {"prompt": [5] * 1024})
+        for text in ("a" * (1 << 22), " " * (1 << 22), "word " * 5000, "1" * 200000):
+            self.refused(400, "context_length_exceeded", "POST", "/v1/completions", {"prompt": text})
         self.refused(400, None, "POST", "/v1/completions", {"prompt": [5, 49152]})
         self.refused(400, "missing_required_parameter", "POST", "/tokenize", {})
         self.refused(400, "missing_required_parameter", "POST", "/detokenize", {"tokens": 5})
@@ -73,8 +75,12 @@ class Requests(WithServer):
 
     def test_content_types(self):
         self.refused(400, "bad_request", "POST", CHAT, json.dumps(HELLO), {"Content-Type": "multipart/form-data; boundary=x"})
+        page = {"Origin": f"http://127.0.0.1:{self.server.port}"}
         for kind in ("text/plain", "application/x-www-form-urlencoded", "text/html"):
-            self.refused(415, "unsupported_media_type", "POST", CHAT, json.dumps(HELLO), {"Content-Type": kind})
+            self.refused(415, "unsupported_media_type", "POST", CHAT, json.dumps(HELLO), {"Content-Type": kind, **page})
+            self.assertEqual(self.server.ask("POST", CHAT, json.dumps(HELLO), {"Content-Type": kind})[0], 200, "no browser: curl -d")
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.refused(413, "body_too_large", "POST", CHAT, json.dumps({**HELLO, "user": "x" * 9000}), form)
         self.refused(415, "unsupported_media_type", "POST", CHAT, gzip.compress(json.dumps(HELLO).encode()),
                      {"Content-Encoding": "gzip", "Content-Type": "application/json"})
         self.assertEqual(self.server.ask("POST", CHAT, HELLO, {"Content-Type": "Application/JSON; charset=utf-8"})[0], 200)

@@ -40,7 +40,8 @@ class Server:
         self.port = free_port()
         self.folder = tempfile.mkdtemp(prefix="tq_serve_")
         self.log_path = os.path.join(self.folder, "log")
-        command = [TQ, "serve", "-m", model, "--port", self.port, "--log-format", "json", "--threads", 1, *arguments]
+        command = [TQ, "serve", "-m", model, "--port", self.port, "--log-format", "json",
+                   *([] if "--threads" in arguments else ["--threads", 1]), *arguments]
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen([str(a) for a in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                             env=environment(**changes))

@@ -86,7 +86,13 @@ public:
     double residual(const Conditioning& conditioning) const;
 
 private:
-    void turn_back(const float* key, int64_t position, float* out) const;
+    // The angles of all pairs at one position: a row is turned back more than once, and its neighbours share its block.
+    struct Turn {
+        int64_t position = -1;
+        std::vector<double> cosine; // [pair]
+        std::vector<double> sine;
+    };
+    void turn_back(const float* key, int64_t position, Turn& turn, float* out) const;
     int head_size_;
     int kv_heads_;
     std::vector<RopePair> rope_;
@@ -97,8 +103,10 @@ private:
     std::vector<double> key_squares_;   // [kv_head][channel]
     std::vector<double> query_squares_; // [kv_head][channel]
     std::vector<float> remembered_;     // rows turned back
-    std::vector<double> remembered_energy_;
+    std::vector<float> sketches_;       // of these, some channels each: enough to see that most are far apart
     std::vector<float> scratch_;
+    Turn row_turn_;
+    Turn block_turn_;
 };
 
 } // namespace turboquant

@@ -27,14 +27,16 @@ constexpr int kGroupVectors = kGroupBytes / kVectorBytes;
 constexpr int kLineVectors = kLineBytes / kVectorBytes;
 constexpr int kMostWords = kMaxIntHead / 4;
 
-inline int32_t lane_total(Vi v) {
-    int32_t lanes[kWidth];
+// Sums of integers rounded from floats. What is not finite rounds to INT32_MIN (and its factor is NaN): those sums wrap.
+using Vu = uint32_t __attribute__((vector_size(kVectorBytes)));
+inline int32_t lane_total(Vu v) {
+    uint32_t lanes[kWidth];
     __builtin_memcpy(lanes, &v, sizeof lanes);
-    int32_t s = 0;
-    for (int32_t x : lanes) {
+    uint32_t s = 0;
+    for (uint32_t x : lanes) {
         s += x;
     }
-    return s;
+    return static_cast<int32_t>(s);
 }
 
 // Where vector j of several lies: `INNER` of them side by side, then `outer` bytes on.
@@ -290,11 +292,11 @@ void quantise_query(const float* q, int n, IntWord* words, float* mul, int32_t* 
     }
     const float largest = lane_max(top);
     const float factor = largest > 0 ? kLargestQuery / largest : 0.0f;
-    Vi total_q{};
+    Vu total_q{};
     for (int c = 0; c < n; c += 2 * kWidth) {
         const Vi v[2] = {round_to_ints(load(q + c) * factor),
                          c + kWidth < n ? round_to_ints(load(q + c + kWidth) * factor) : Vi{}};
-        total_q += v[0] + v[1];
+        total_q += reinterpret_cast<Vu>(v[0]) + reinterpret_cast<Vu>(v[1]);
         store_query_words(v, words + c / 4);
     }
     for (int w = round_up(n, 2 * kWidth) / 4; w < round_up(n, 32) / 4; ++w) {
@@ -313,10 +315,10 @@ void quantise_weights(const float* p, const uint16_t* scales, IntWord* words, fl
     }
     const float largest = lane_max(top);
     const float factor = largest > 0 ? kLargestWeight / largest : 0.0f;
-    Vi total_w{};
+    Vu total_w{};
     for (int i = 0; i < kTileRows / kWidth; i += 2) {
         const Vi v[2] = {round_to_ints(w[i] * factor), round_to_ints(w[i + 1] * factor)};
-        total_w += v[0] + v[1];
+        total_w += reinterpret_cast<Vu>(v[0]) + reinterpret_cast<Vu>(v[1]);
         store_weight_words(v, words + i * kWidth / 4);
     }
     *mul = largest / kLargestWeight;

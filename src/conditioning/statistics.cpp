@@ -41,6 +41,36 @@ void head_factors(std::vector<double>& s, std::vector<double>& v, float* lambda)
     }
 }
 
+// |a - b|^2. In single precision by lanes: a row is compared with every earlier one while a cache calibrates.
+double squared_distance(const float* a, const float* b, size_t n) {
+    constexpr size_t kLanes = 16;
+    float lanes[kLanes] = {};
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (size_t l = 0; l < kLanes; ++l) {
+            const float d = a[i + l] - b[i + l];
+            lanes[l] += d * d;
+        }
+    }
+    for (; i < n; ++i) {
+        const float d = a[i] - b[i];
+        lanes[i % kLanes] += d * d;
+    }
+    double sum = 0;
+    for (const float lane : lanes) {
+        sum += static_cast<double>(lane);
+    }
+    return sum;
+}
+
+// Some channels of a row, spread over its heads. The distance of two sketches is at most that of the rows.
+constexpr size_t kSketch = 32;
+void make_sketch(const std::vector<float>& row, float* out) {
+    for (size_t i = 0; i < kSketch; ++i) {
+        out[i] = row.size() >= kSketch ? row[i * row.size() / kSketch] : 0;
+    }
+}
+
 bool same_rope(const std::vector<RopePair>& a, const std::vector<RopePair>& b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const RopePair& x, const RopePair& y) {
         return x.first == y.first && x.second == y.second && std::abs(x.theta - y.theta) <= 1e-5F * std::abs(x.theta);
@@ -59,30 +89,37 @@ KeyStatistics::KeyStatistics(int head_size, int kv_heads, std::vector<RopePair> 
     scratch_.resize(n);
 }
 
-void KeyStatistics::turn_back(const float* key, int64_t position, float* out) const {
+void KeyStatistics::turn_back(const float* key, int64_t position, Turn& turn, float* out) const {
     const size_t n = key_sum_.size();
+    if (turn.position != position) {
+        turn.cosine.resize(rope_.size());
+        turn.sine.resize(rope_.size());
+        for (size_t i = 0; i < rope_.size(); ++i) {
+            const double angle = static_cast<double>(rope_[i].theta) * static_cast<double>(position);
+            turn.cosine[i] = std::cos(angle);
+            turn.sine[i] = std::sin(angle);
+        }
+        turn.position = position;
+    }
     std::copy_n(key, n, out);
-    for (const RopePair& pair : rope_) {
-        const double angle = static_cast<double>(pair.theta) * static_cast<double>(position);
-        const double cosine = std::cos(angle);
-        const double sine = std::sin(angle);
-        for (float* head = out; head < out + n; head += head_size_) {
-            const double re = head[pair.first];
-            const double im = head[pair.second];
-            head[pair.first] = static_cast<float>(re * cosine + im * sine);
-            head[pair.second] = static_cast<float>(im * cosine - re * sine);
+    for (float* head = out; head < out + n; head += head_size_) {
+        for (size_t i = 0; i < rope_.size(); ++i) {
+            const double re = head[rope_[i].first];
+            const double im = head[rope_[i].second];
+            head[rope_[i].first] = static_cast<float>(re * turn.cosine[i] + im * turn.sine[i]);
+            head[rope_[i].second] = static_cast<float>(im * turn.cosine[i] - re * turn.sine[i]);
         }
     }
 }
 
 void KeyStatistics::add_key(const float* key, int64_t position) {
     const size_t n = key_sum_.size();
-    turn_back(key, position, scratch_.data());
+    turn_back(key, position, row_turn_, scratch_.data());
     for (size_t i = 0; i < n; ++i) {
         key_sum_[i] += static_cast<double>(scratch_[i]);
         key_squares_[i] += static_cast<double>(key[i]) * static_cast<double>(key[i]);
     }
-    turn_back(key, static_cast<int64_t>(position_block(position)) * kPositionBlock, scratch_.data());
+    turn_back(key, static_cast<int64_t>(position_block(position)) * kPositionBlock, block_turn_, scratch_.data());
     for (size_t i = 0; i < n; ++i) {
         block_sum_[i] += static_cast<double>(scratch_[i]);
     }
@@ -99,31 +136,23 @@ void KeyStatistics::add_query(const float* query, int kv_head) {
 
 bool KeyStatistics::repeats(const float* key, int64_t position, int times, double distance) {
     const size_t n = key_sum_.size();
-    turn_back(key, position, scratch_.data());
-    double energy = 0;
-    for (const float x : scratch_) {
-        energy += static_cast<double>(x) * static_cast<double>(x);
-    }
+    turn_back(key, position, row_turn_, scratch_.data());
+    float sketch[kSketch];
+    make_sketch(scratch_, sketch);
+    const size_t n_rows = remembered_.size() / n;
     int found = 0;
-    for (size_t row = 0; row < remembered_energy_.size() && found < times; ++row) {
-        const double gap = std::sqrt(energy) - std::sqrt(remembered_energy_[row]);
-        if (gap * gap > distance) { // |a - b| >= ||a| - |b||
-            continue;
+    for (size_t row = 0; row < n_rows && found < times; ++row) {
+        if (squared_distance(sketch, sketches_.data() + row * kSketch, kSketch) <= distance &&
+            squared_distance(scratch_.data(), remembered_.data() + row * n, n) <= distance) {
+            ++found;
         }
-        const float* const other = remembered_.data() + row * n;
-        double apart = 0;
-        for (size_t i = 0; i < n; ++i) {
-            const double d = static_cast<double>(scratch_[i]) - static_cast<double>(other[i]);
-            apart += d * d;
-        }
-        found += apart <= distance ? 1 : 0;
     }
     if (found >= times) {
         return true;
     }
-    if (remembered_energy_.size() < kMaxRemembered) {
+    if (n_rows < kMaxRemembered) {
         remembered_.insert(remembered_.end(), scratch_.begin(), scratch_.end());
-        remembered_energy_.push_back(energy);
+        sketches_.insert(sketches_.end(), sketch, sketch + kSketch);
     }
     return false;
 }

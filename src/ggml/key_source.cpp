@@ -64,9 +64,21 @@ Status KeySource::see_turns(const RopeFacts& facts, Stores& stores, const Parall
 bool KeySource::repeats(const SeenRow& row, int head_size, int kv_heads) {
     double energy = 0;
     for (int head = 0; head < row.n_heads; ++head) {
-        for (int c = 0; c < head_size; ++c) {
-            const double x = static_cast<double>(row.scale) * static_cast<double>(row.q[head * row.q_head_stride + c]);
-            energy += x * x;
+        constexpr int kLanes = 16; // head sizes are multiples of 4; the rest goes to the first
+        float lanes[kLanes] = {};
+        const float* const q = row.q + head * row.q_head_stride;
+        int c = 0;
+        for (; c + kLanes <= head_size; c += kLanes) {
+            for (int l = 0; l < kLanes; ++l) {
+                const float x = row.scale * q[c + l];
+                lanes[l] += x * x;
+            }
+        }
+        for (; c < head_size; ++c) {
+            lanes[0] += row.scale * q[c] * (row.scale * q[c]);
+        }
+        for (const float lane : lanes) {
+            energy += static_cast<double>(lane);
         }
     }
     query_energy_ += energy / row.n_heads / head_size;

@@ -63,11 +63,11 @@ Status make_profile(const char* model, const char* text, Profile& profile) {
 bool SeenRow::finite(int head_size, int kv_heads) const {
     constexpr float kLargestHalf = 65504.0F;
     auto fine = [](const float* x, int n) {
-        bool ok = true;
+        int bad = 0;
         for (int i = 0; i < n; ++i) {
-            ok = ok && std::fabs(x[i]) <= kLargestHalf; // false for NaN
+            bad |= !(std::fabs(x[i]) <= kLargestHalf); // true for NaN
         }
-        return ok;
+        return bad == 0;
     };
     bool ok = fine(key, head_size * kv_heads);
     for (int head = 0; head < n_heads && ok; ++head) {

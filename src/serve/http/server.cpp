@@ -46,6 +46,11 @@ bool same_name(std::string_view a, std::string_view b) {
     });
 }
 
+bool is_json(const httplib::Request& request) {
+    const std::string type = request.get_header_value("Content-Type");
+    return same_name(std::string_view(type).substr(0, type.find_first_of("; ")), "application/json");
+}
+
 // Who may use an endpoint, and when.
 enum class Access { open, keyed };  // keyed: with an API key where there is one
 enum class Needs { nothing, model };
@@ -179,12 +184,11 @@ void Server::Impl::add(const char* method, const std::string& pattern, const cha
                 throw ApiError(401, "this server wants an API key: Authorization: Bearer KEY", "authentication_error",
                                "", "invalid_api_key");
             }
-            if (posts) {
-                const std::string type = request.get_header_value("Content-Type");
-                if (!same_name(std::string_view(type).substr(0, type.find_first_of("; ")), "application/json")) {
-                    throw ApiError(415, "send JSON with Content-Type: application/json", "invalid_request_error", "",
-                                   "unsupported_media_type");
-                }
+            // Without this type a browser lets any page send a body unasked. Programs may call it what they like: curl -d
+            // calls everything a form.
+            if (posts && request.has_header("Origin") && !is_json(request)) {
+                throw ApiError(415, "send JSON with Content-Type: application/json", "invalid_request_error", "",
+                               "unsupported_media_type");
             }
             if (needs == Needs::model) {
                 loaded();
@@ -279,7 +283,9 @@ void Server::Impl::on_error(const httplib::Request& request, httplib::Response& 
         message = "send the body with a Content-Length, not in chunks";
         code = "length_required";
     } else if (status == 413) {
-        message = fmt::format("the body is larger than {} bytes", options.body_limit);
+        message = request.has_header("Content-Type") && !is_json(request)
+                      ? "the body is too large for a form; send JSON with Content-Type: application/json"
+                      : fmt::format("the body is larger than {} bytes", options.body_limit);
         code = "body_too_large";
     } else if (status == 414) {
         message = "the address is too long";
