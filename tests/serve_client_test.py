@@ -217,6 +217,16 @@ class Chat(WithServer):
         self.assertEqual(off.usage.prompt_tokens_details.cached_tokens, 0)
 
 
+    def test_a_cut_cache_gets_its_exact_rows_again(self):
+        question = STORY + "What did she trim?"
+        first = self.chat(question, n=40, reuse=True)
+        self.assertGreater(first.usage.completion_tokens, 12, "the answer has moved the window on")
+        again = self.chat(question, n=4, reuse=True)
+        prompt = first.usage.prompt_tokens
+        self.assertEqual(again.usage.prompt_tokens_details.cached_tokens, prompt - 1 - 32)
+        self.assertEqual(again.choices[0].message.content, self.chat(question, n=4).choices[0].message.content)
+
+
 class Batching(WithServer):
     """Several at once answer as each would alone."""
 

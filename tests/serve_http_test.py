@@ -66,6 +66,8 @@ class Requests(WithServer):
         self.refused(400, "invalid_type", "POST", CHAT, {**HELLO, "temperature": "hot"})
         self.refused(400, "unsupported_parameter", "POST", CHAT, {**HELLO, "n": 2})
         self.refused(400, "context_length_exceeded", "POST", "/v1/completions", {"prompt": [5] * 1024})
+        for text in ("a" * (1 << 22), " " * (1 << 22), "word " * 5000, "1" * 200000):
+            self.refused(400, "context_length_exceeded", "POST", "/v1/completions", {"prompt": text})
         self.refused(400, None, "POST", "/v1/completions", {"prompt": [5, 49152]})
         self.refused(400, "missing_required_parameter", "POST", "/tokenize", {})
         self.refused(400, "missing_required_parameter", "POST", "/detokenize", {"tokens": 5})

@@ -14,6 +14,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
+#include <ctime>
 #include <filesystem>
 #include <memory>
 #include <mutex>
@@ -230,7 +231,9 @@ int run_server(ServeFlags flags) {
                                     .name =
                                         flags.alias.empty() ? std::filesystem::path(path).stem().string() : flags.alias,
                                     .most_tokens = flags.limit,
+                                    .longest_piece = serve::longest_piece(model),
                                     .timeout = std::chrono::seconds(flags.timeout),
+                                    .created = std::time(nullptr),
                                     .log_prompts = flags.log_prompts};
     server.ready(service);
     if (chat_template.kind() == llm::ChatTemplate::Kind::chatml) {

@@ -138,13 +138,20 @@ void Engine::run() {
                 break;
             }
         }
-        drop_gone();
-        admit();
-        if (idle()) {
+        try {
+            drop_gone();
+            admit();
+            if (!idle()) {
+                step();
+            }
             save_idle();
-        } else {
-            step();
-            save_idle();
+        } catch (const std::exception& error) { // out of memory: what runs is lost, the server is not
+            for (Slot& slot : slots_) {
+                if (slot.job) {
+                    clear(slot);
+                    fail(slot, {Failure::Kind::internal, fmt::format("the server failed: {}", error.what())});
+                }
+            }
         }
         publish();
     }
@@ -234,7 +241,18 @@ void Engine::admit() {
             request.emplace(std::move(queue_.front()));
             queue_.pop_front();
         }
-        place_job(std::move(*request));
+        const std::shared_ptr<AnswerStream> stream = request->stream;
+        try {
+            place_job(std::move(*request));
+        } catch (const std::exception& error) {
+            {
+                const std::lock_guard lock(mutex_);
+                --inside_;
+            }
+            stream->push({.kind = Event::Kind::failed,
+                          .failure = {Failure::Kind::internal, fmt::format("the server failed: {}", error.what())}});
+            observer_.answer_over("failed");
+        }
     }
 }
 

@@ -7,6 +7,8 @@
 
 #include "llm/error.h"
 
+#include <algorithm>
+
 #include <fmt/format.h>
 
 namespace turboquant::serve {
@@ -26,11 +28,22 @@ ApiError as_error(const Failure& failure) {
     }
 }
 
+// Tokenisers take long for megabytes, and some of them do not survive those at all.
+void check_length(const Service& service, const std::string& text, const char* field) {
+    const size_t most = static_cast<size_t>(service.engine.context()) * service.longest_piece;
+    if (text.size() > most) {
+        throw bad_request(fmt::format("the prompt has {} bytes, more than the {} tokens of this server's context can stand for",
+                                      text.size(), service.engine.context()),
+                          field, "context_length_exceeded");
+    }
+}
+
 std::vector<llm::Token> prompt_tokens(const Service& service, CompletionRequest& asked) {
     if (!asked.tokens.empty()) {
         return std::move(asked.tokens);
     }
     if (!asked.chat) {
+        check_length(service, asked.prompt, "prompt");
         return service.model.tokenize(asked.prompt, true);
     }
     // The model's own template puts its system message where none is given.
@@ -43,6 +56,7 @@ std::vector<llm::Token> prompt_tokens(const Service& service, CompletionRequest&
     } catch (const llm::Error&) {
         throw bad_request("the model's chat template cannot take these messages", "messages");
     }
+    check_length(service, asked.prompt, "messages");
     return service.model.tokenize(asked.prompt, true);
 }
 
@@ -173,6 +187,14 @@ void answer_whole(const Service& service, AnswerStream& stream, AnswerJson json,
 }
 
 } // namespace
+
+size_t longest_piece(const llm::Model& model) {
+    size_t longest = 1;
+    for (llm::Token token = 0; token < model.vocabulary(); ++token) {
+        longest = std::max(longest, model.piece(token, true).size());
+    }
+    return longest;
+}
 
 void complete(const Service& service, bool chat, const httplib::Request& request, httplib::Response& response) {
     const auto arrived = this_request().start;

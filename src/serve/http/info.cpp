@@ -18,7 +18,7 @@ json describe(const Service& service) {
     const llm::Model& model = service.model;
     return {{"id", service.name},
             {"object", "model"},
-            {"created", 0},
+            {"created", service.created},
             {"owned_by", "turboquant"},
             {"meta",
              {{"description", llm::describe_model(model.get())},
@@ -104,6 +104,11 @@ json tokenize_json(const Service& service, const std::string& body) {
     const std::optional<std::string> content = fields.string("content");
     if (!content) {
         throw bad_request("'content' is missing: a string", "content", "missing_required_parameter");
+    }
+    const size_t most = static_cast<size_t>(service.engine.context()) * service.longest_piece;
+    if (content->size() > most) {
+        throw bad_request(fmt::format("'content' has {} bytes; this server takes {}", content->size(), most), "content",
+                          "context_length_exceeded");
     }
     const std::vector<llm::Token> tokens =
         service.model.tokenize(*content, fields.boolean("add_special").value_or(false),
