@@ -1,0 +1,959 @@
+// Attention over compressed pages for few queries. One block takes a contiguous range of all chunks of 64 tokens of all
+// (sequence, KV head, block of query rows): the items. Its warps take the range's chunks in turn, each with a ring of
+// chunks in flight and a softmax of its own; at an item's end they merge, and the last block to finish an item merges
+// the blocks. docs/cuda.md explains the arithmetic. Internal.
+//
+// Orientation: tokens (then channels) are rows of the tensor core's result, query rows its columns. A query row has two
+// columns, the high and the low byte of 16-bit integers, so that int8 products carry 16 bits of the query and of the
+// probabilities; both land in one lane. Lane 4 g + t: token g (and g + 8) of a tile, query row t of four.
+#pragma once
+
+#include "cuda/decode.h"
+#include "cuda/device.cuh"
+#include "cuda/gpu_layout.h"
+#include "cuda/unpack.cuh"
+
+#include <cfloat>
+
+namespace turboquant::cuda {
+
+inline constexpr unsigned kAll = 0xffffffffU;
+inline constexpr int kTiles = kChunkTokens / kTileTokens; // of a chunk
+// Integer accumulators start here: read as a float they then are kMagic + sum, for |sum| <= 2^22.
+inline constexpr int32_t kMagicBits = 0x4b400000;
+inline constexpr float kMagic = 12582912.0F;
+inline constexpr float kWeightMagic = 8388608.0F; // + an integer below 2^16: that integer in the lowest bits
+inline constexpr float kMostWeight = 65535.0F;
+inline constexpr int kMostQuery = 127 * 256 + 127; // of 16 bits whose two halves are signed bytes
+// A chunk whose probabilities are all below 2^-20 of the largest so far adds nothing to a 16-bit-exact sum of values.
+inline constexpr float kSkipLog2 = 20.0F;
+
+template <int D, int ROWS>
+struct Fixed { // bytes of shared memory before the rings
+    static constexpr int kQueryFragments = ROWS / 4 * (D / 32) * 32 * 8;
+    static constexpr int kQueryFloats = ROWS * D * 4;
+    static constexpr int kRowParams = ROWS * 8 * 4;
+    __host__ __device__ static constexpr int merge_tiles(int warps) { // m16 tiles of output that one merge round takes
+        int tiles = D / 16;
+        while (tiles > 1 && warps * ROWS * tiles * 16 * 4 > 16384) {
+            tiles /= 2;
+        }
+        return tiles;
+    }
+    __host__ __device__ static constexpr int merge_bytes(int warps) { return warps * ROWS * merge_tiles(warps) * 64; }
+    __host__ __device__ static constexpr int bytes(int warps) {
+        // fragments, rotated queries (also the block's merged output), parameters, warps' (max, sum, correction),
+        // merged (max, sum), exact rows' probabilities, barriers, merge buffer
+        return kQueryFragments + 2 * kQueryFloats + kRowParams + warps * ROWS * 12 + ROWS * 8 + warps * ROWS * 32 * 4 +
+               warps * kMostStages * 8 + 16 + merge_bytes(warps);
+    }
+};
+
+// Where a chunk lies: item (sequence, KV head, block of query rows) and chunk within it.
+struct Cursor {
+    int b;
+    int hq; // KV head * query_blocks + block
+    int index;
+    int n;     // chunks of the item, codes and exact rows
+    int codes; // of them, chunks of codes
+    int first; // first chunk of codes that a query sees
+    int length;
+};
+
+__device__ __forceinline__ void item_extent(const AttendArgs& a, Cursor& c) {
+    c.length = c.b < a.batch ? a.lengths[c.b] : 0;
+    const int first_end = a.causal != 0 ? c.length - a.q_len + 1 : c.length; // tokens that the first query sees
+    const int code_end = a.window > 0 ? c.length - a.window : c.length;      // for the last query; before: less
+    const int code_begin = a.sliding_window > 0 ? max(first_end - a.sliding_window, 0) : 0;
+    c.first = max(min(code_begin, code_end), 0) / kChunkTokens;
+    c.codes = code_end > 0 ? max((code_end + kChunkTokens - 1) / kChunkTokens - c.first, 0) : 0;
+    int exact = 0;
+    if (a.ring > 0 || a.sinks > 0) {
+        const int window_begin = a.window > 0 ? max(first_end - a.window, 0) : c.length;
+        exact = min(a.sinks, c.length) + max(c.length - max(window_begin, a.sinks), 0);
+    }
+    c.n = max(c.codes + (exact + kExactChunkRows - 1) / kExactChunkRows, 1);
+}
+
+__device__ __forceinline__ void advance(const AttendArgs& a, Cursor& c, int by) {
+    c.index += by;
+    const int per_sequence = a.kv_heads * a.query_blocks;
+    while (c.index >= c.n && c.b < a.batch) {
+        c.index -= c.n;
+        if (++c.hq == per_sequence) {
+            c.hq = 0;
+            ++c.b;
+            item_extent(a, c);
+        }
+    }
+}
+
+template <int D, int KB, int VB, int ROWS, int WARPS>
+struct Attend {
+    static constexpr int kNT = ROWS / 4;
+    static constexpr int kSteps = D / 32;
+    static constexpr int kOutTiles = D / 16;
+    using F = Fixed<D, ROWS>;
+
+    // ---- shared memory ----
+    uint2* fragments;    // [nt][step][lane]
+    float* rotated;      // [row][D]
+    float* merged;       // [row][D]
+    float* params;       // [row][8]: A, B, C, constant, lowest, highest token
+    float* warp_state;   // [warp][row][3]
+    float* block_state;  // [row][2]
+    float* exact_p;      // [row][32], this warp's
+    uint64_t* barriers;  // [stage], this warp's
+    int* flag;
+    float* merge;        // [warp][row][merge tile][16]
+    uint8_t* ring;       // [stage][chunk], this warp's
+
+    const AttendArgs& a;
+    const int warp, lane, g, t;
+    int chunk_bytes;
+
+    // ---- state of this warp for the item at hand ----
+    float largest[kNT], sum[kNT], correction[kNT];
+    float out[kNT][kOutTiles][2];
+    uint2 query[kNT][kSteps];
+    float scale_high[kNT], scale_low[kNT], scale_constant[kNT], constant[kNT];
+    int lowest[kNT], highest[kNT];
+    bool padding[kNT];
+
+    __device__ __forceinline__ Attend(const AttendArgs& args, uint8_t* shared)
+        : a(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {
+        chunk_bytes = kTiles * a.tile_bytes;
+        uint8_t* at = shared;
+        const auto take = [&at](int bytes) {
+            uint8_t* const p = at;
+            at += bytes;
+            return p;
+        };
+        // The rings first: bulk copies want 16-byte alignment, and everything else is a multiple of 4.
+        ring = take(WARPS * a.stages * chunk_bytes) + warp * a.stages * chunk_bytes;
+        merge = reinterpret_cast<float*>(take(F::merge_bytes(WARPS)));
+        fragments = reinterpret_cast<uint2*>(take(F::kQueryFragments));
+        barriers = reinterpret_cast<uint64_t*>(take(WARPS * kMostStages * 8)) + warp * kMostStages;
+        rotated = reinterpret_cast<float*>(take(F::kQueryFloats));
+        merged = reinterpret_cast<float*>(take(F::kQueryFloats));
+        params = reinterpret_cast<float*>(take(F::kRowParams));
+        exact_p = reinterpret_cast<float*>(take(WARPS * ROWS * 32 * 4)) + warp * ROWS * 32;
+        warp_state = reinterpret_cast<float*>(take(WARPS * ROWS * 12));
+        block_state = reinterpret_cast<float*>(take(ROWS * 8));
+        flag = reinterpret_cast<int*>(take(16));
+    }
+
+    // Query row r of an item: query r / group, head of its group r % group.
+    __device__ __forceinline__ int item_row(const Cursor& c, int row) const {
+        return c.hq % a.query_blocks * ROWS + row;
+    }
+    __device__ __forceinline__ int kv_head(const Cursor& c) const { return c.hq / a.query_blocks; }
+
+    // Rotates the item's queries into shared memory, as floats and as fragments. The whole block; ends in a barrier.
+    __device__ __forceinline__ void prepare_queries(const Cursor& c) {
+        for (int row = warp; row < ROWS; row += WARPS) {
+            constexpr int kOwn = D / 32;
+            const int r = item_row(c, row);
+            const bool real = r < a.group * a.q_len && c.b < a.batch;
+            const int head = kv_head(c) * a.group + r % a.group;
+            const int i = r / a.group;
+            float y[kOwn];
+            float bias = 0;
+            if (real) {
+                const int64_t at = c.b * a.q_batch + i * a.q_query + head * a.q_head;
+#pragma unroll
+                for (int e = 0; e < kOwn; ++e) {
+                    const int channel = lane * kOwn + e;
+                    float x = load_element(a.q, at + channel, a.type);
+                    if (a.mu != nullptr) {
+                        bias += x * a.mu[kv_head(c) * D + channel];
+                    }
+                    if (a.lambda != nullptr) {
+                        x /= a.lambda[kv_head(c) * D + channel];
+                    }
+                    y[e] = x * rotation_sign_device(D, channel);
+                }
+            } else {
+#pragma unroll
+                for (int e = 0; e < kOwn; ++e) {
+                    y[e] = 0;
+                }
+            }
+            hadamard_warp<D>(y, lane);
+            float top = 0;
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                top = fmaxf(top, fabsf(y[e]));
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
+                bias += __shfl_xor_sync(kAll, bias, h);
+            }
+            const float step = top / kMostQuery;
+            const float inverse = top > 0 ? kMostQuery / top : 0;
+            int total = 0;
+            auto* const bytes = reinterpret_cast<uint8_t*>(fragments);
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                const int channel = lane * kOwn + e;
+                const int value = max(-kMostQuery, min(kMostQuery, __float2int_rn(y[e] * inverse)));
+                const int low = ((value + 128) & 255) - 128;
+                const int high = (value - low) >> 8;
+                total += value;
+                const int quarter = channel / (D / 4);
+                const int rest = channel % (D / 4);
+                const int at = ((row / 4 * kSteps + rest / 8) * 32 + row % 4 * 8 + quarter) * 8 + rest / 4 % 2 * 4 +
+                               channel % 4; // the high byte's column is 2 (row % 4), 4 lanes a column
+                bytes[at] = static_cast<uint8_t>(high);
+                bytes[at + 4 * 8] = static_cast<uint8_t>(low);
+                rotated[row * D + channel] = y[e];
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                total += __shfl_xor_sync(kAll, total, h);
+            }
+            if (lane == 0) {
+                float* const p = params + row * 8;
+                const float unit = step * a.scale_log2;
+                p[0] = unit;
+                p[1] = unit * static_cast<float>(total);
+                p[2] = bias * a.scale_log2;
+                const int end = a.causal != 0 ? c.length - a.q_len + 1 + i : c.length;
+                // A row of padding sees everything, with a query of zeros.
+                p[3] = __int_as_float(real && a.sliding_window > 0 ? max(end - a.sliding_window, 0) : 0);
+                p[4] = __int_as_float(real ? end : 0x7fffffff);
+                p[5] = __int_as_float(real ? 1 : 0);
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void begin_item() {
+        const float step = KB == 0 ? (a.key_bits == 4 ? 2.0F : 1.0F) : Unpack<KB == 0 ? 4 : KB>::kStep;
+        const float offset = KB == 0 ? (a.key_bits == 4 ? 1.0F : 0.0F) : Unpack<KB == 0 ? 4 : KB>::kOffset;
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+            const float* const p = params + (nt * 4 + t) * 8;
+            scale_low[nt] = p[0] * step;
+            scale_high[nt] = p[0] * step * 256;
+            scale_constant[nt] = p[1] * offset;
+            constant[nt] = p[2];
+            lowest[nt] = __float_as_int(p[3]);
+            highest[nt] = __float_as_int(p[4]);
+            padding[nt] = __float_as_int(p[5]) == 0;
+            largest[nt] = -INFINITY;
+            sum[nt] = 0;
+            correction[nt] = 0;
+#pragma unroll
+            for (int m = 0; m < kOutTiles; ++m) {
+                out[nt][m][0] = 0;
+                out[nt][m][1] = 0;
+            }
+#pragma unroll
+            for (int s = 0; s < kSteps; ++s) {
+                query[nt][s] = fragments[(nt * kSteps + s) * 32 + lane];
+            }
+        }
+    }
+
+    __device__ __forceinline__ float cap(float score) const { // softcap * tanh(score / softcap), in units of log2
+        // tanh(x) = 1 - 2 / (1 + e^2x); scale_log2 already holds scale / softcap here
+        const float e = exp2_fast(score * 2.8853900817779268F);
+        return a.softcap_log2 * (1.0F - 2.0F / (1.0F + e));
+    }
+
+    // ---- the ring ----
+
+    __device__ __forceinline__ int pieces() const { return a.page_size < kChunkTokens ? kChunkTokens / a.page_size : 1; }
+
+    // The page that piece `lane` of a chunk lies in; any page for lanes and chunks that have none.
+    __device__ __forceinline__ int find_page(const Cursor& c) const {
+        const int piece_tokens = min(a.page_size, kChunkTokens);
+        const int token = (c.first + c.index) * kChunkTokens + lane * piece_tokens;
+        const bool wanted = c.b < a.batch && c.index < c.codes && lane < pieces() && token < c.length;
+        return wanted ? a.page_table[c.b * a.page_table_stride + (token >> a.page_shift)] : -1;
+    }
+
+    __device__ __forceinline__ void start_copy(const Cursor& c, int page, int stage) {
+        const int piece_tokens = min(a.page_size, kChunkTokens);
+        const int piece_bytes = piece_tokens / kTileTokens * a.tile_bytes;
+        const int first_token = (c.first + c.index) * kChunkTokens;
+        const unsigned wanted = __ballot_sync(kAll, page >= 0);
+        copy_begin(barriers + stage, __popc(wanted) * piece_bytes, lane);
+        const int within = (first_token + lane * piece_tokens) & (a.page_size - 1);
+        const uint8_t* const source = a.pages + static_cast<int64_t>(page) * a.page_bytes +
+                                      static_cast<int64_t>(kv_head(c)) * (a.page_size / kTileTokens) * a.tile_bytes +
+                                      within / kTileTokens * a.tile_bytes;
+        for (int i = 0; i < pieces(); ++i) {
+            if ((wanted >> i & 1U) != 0) {
+                copy_piece(barriers + stage, ring + stage * chunk_bytes + i * piece_bytes, source, piece_bytes, i,
+                           lane);
+            }
+        }
+        copy_end(barriers + stage);
+    }
+
+    // ---- a chunk of codes ----
+
+    template <int BITS>
+    __device__ __forceinline__ void scores(const uint8_t* chunk, float (&score)[kNT][kTiles][2]) {
+        using Words = LaneWords<D, BITS>;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            int32_t c[kNT][4];
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    c[nt][i] = kMagicBits;
+                }
+            }
+#pragma unroll
+            for (int part = 0; part < Words::kParts; ++part) {
+                uint32_t low[Words::kPartWords];
+                uint32_t sign[Words::kPartSigns > 0 ? Words::kPartSigns : 1];
+                Words::load(chunk + tile * a.tile_bytes, lane, part, low, sign);
+#pragma unroll
+                for (int s = 0; s < Words::kPartPairs / 2; ++s) {
+                    uint32_t k[4];
+                    Unpack<BITS>::pair(low, sign, 2 * s, k[0], k[2]);
+                    Unpack<BITS>::pair(low, sign, 2 * s + 1, k[1], k[3]);
+#pragma unroll
+                    for (int nt = 0; nt < kNT; ++nt) {
+                        const uint2 q = query[nt][part * (Words::kPartPairs / 2) + s];
+                        const uint32_t b[2] = {q.x, q.y};
+                        mma_s8s8(c[nt], k, b);
+                    }
+                }
+            }
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float high = __int_as_float(c[nt][2 * i]) - kMagic;
+                    const float low = __int_as_float(c[nt][2 * i + 1]) - kMagic;
+                    score[nt][tile][i] = fmaf(high, scale_high[nt], fmaf(low, scale_low[nt], scale_constant[nt]));
+                }
+            }
+        }
+    }
+
+    template <int BITS>
+    __device__ __forceinline__ void values(const uint8_t* chunk, const uint32_t (&weight)[kNT][kTiles],
+                                           const float (&keep)[kNT], const float (&add)[kNT]) {
+        using Words = LaneWords<D, BITS>;
+#pragma unroll
+        for (int part = 0; part < Words::kParts; ++part) {
+            uint32_t low[kTiles][Words::kPartWords];
+            uint32_t sign[kTiles][Words::kPartSigns > 0 ? Words::kPartSigns : 1];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                Words::load(chunk + tile * a.tile_bytes, lane, part, low[tile], sign[tile]);
+            }
+#pragma unroll
+            for (int p = 0; p < Words::kPartPairs; ++p) {
+                const int m = part * Words::kPartPairs + p;
+                int32_t c[kNT][4];
+#pragma unroll
+                for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        c[nt][i] = kMagicBits;
+                    }
+                }
+#pragma unroll
+                for (int tile = 0; tile < kTiles; tile += 2) {
+                    uint32_t v[4];
+                    Unpack<BITS>::pair(low[tile], sign[tile], p, v[0], v[1]);
+                    Unpack<BITS>::pair(low[tile + 1], sign[tile + 1], p, v[2], v[3]);
+#pragma unroll
+                    for (int nt = 0; nt < kNT; ++nt) {
+                        const uint32_t b[2] = {weight[nt][tile], weight[nt][tile + 1]};
+                        mma_s8u8(c[nt], v, b);
+                    }
+                }
+#pragma unroll
+                for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const float high = __int_as_float(c[nt][2 * i]) - kMagic;
+                        const float low_sum = __int_as_float(c[nt][2 * i + 1]) - kMagic;
+                        out[nt][m][i] = fmaf(out[nt][m][i], keep[nt], fmaf(high, 256.0F, low_sum) * add[nt]);
+                    }
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ float over_tokens_max(float x) const { // over the lanes of one query row
+        x = fmaxf(x, __shfl_xor_sync(kAll, x, 4));
+        x = fmaxf(x, __shfl_xor_sync(kAll, x, 8));
+        return fmaxf(x, __shfl_xor_sync(kAll, x, 16));
+    }
+
+    __device__ __forceinline__ void code_chunk(const Cursor& c, const uint8_t* chunk) {
+        float score[kNT][kTiles][2];
+        if constexpr (KB != 0) {
+            scores<KB == 0 ? 4 : KB>(chunk, score);
+        } else {
+            switch (a.key_bits) {
+            case 2: scores<2>(chunk, score); break;
+            case 3: scores<3>(chunk, score); break;
+            case 4: scores<4>(chunk, score); break;
+            default: scores<8>(chunk, score); break;
+            }
+        }
+        const int key_bytes = side_bytes(D, KB == 0 ? a.key_bits : KB);
+        const int value_bits = VB == 0 ? a.value_bits : VB;
+        float value_scale[kTiles][2];
+        float largest_scale = 0;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const uint2 s = *reinterpret_cast<const uint2*>(chunk + tile * a.tile_bytes + key_bytes +
+                                                            side_bytes(D, value_bits) + g * 8);
+            const float2 ks = __half22float2(reinterpret_cast<const __half2&>(s.x));
+            const float2 vs = __half22float2(reinterpret_cast<const __half2&>(s.y));
+            value_scale[tile][0] = vs.x;
+            value_scale[tile][1] = vs.y;
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+                score[nt][tile][0] = fmaf(score[nt][tile][0], ks.x, constant[nt]);
+                score[nt][tile][1] = fmaf(score[nt][tile][1], ks.y, constant[nt]);
+            }
+        }
+        if (a.softcap_log2 > 0) {
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    score[nt][tile][0] = cap(score[nt][tile][0]);
+                    score[nt][tile][1] = cap(score[nt][tile][1]);
+                }
+            }
+        }
+        const int first = (c.first + c.index) * kChunkTokens;
+        const int safe_end = (a.causal != 0 ? c.length - a.q_len + 1 : c.length) - a.window;
+        const int safe_begin = a.sliding_window > 0 ? max(c.length - a.sliding_window, a.sinks) : a.sinks;
+        if (first < safe_begin || first + kChunkTokens > safe_end) {
+            // Hidden from some query: by the future, as an exact row, or by the sliding window. Bytes behind the
+            // sequence's end are anything.
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int token = first + tile * kTileTokens + i * 8 + g;
+                    if (token >= c.length) {
+                        value_scale[tile][i] = 0;
+                    }
+#pragma unroll
+                    for (int nt = 0; nt < kNT; ++nt) {
+                        const int end = min(highest[nt], c.length) - a.window;
+                        if (token >= end || token < max(lowest[nt], a.sinks)) {
+                            score[nt][tile][i] = -INFINITY;
+                        }
+                    }
+                }
+            }
+        }
+        float top[kNT];
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+            top[nt] = score[nt][0][0];
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                largest_scale = fmaxf(largest_scale, value_scale[tile][i]);
+#pragma unroll
+                for (int nt = 0; nt < kNT; ++nt) {
+                    top[nt] = fmaxf(top[nt], score[nt][tile][i]);
+                }
+            }
+        }
+        largest_scale = over_tokens_max(largest_scale);
+        const float weight_unit = largest_scale > 0 ? kMostWeight / largest_scale : 0;
+        uint32_t weight[kNT][kTiles];
+        float keep[kNT];
+        float add[kNT];
+        float weight_sum[kNT];
+        bool skip = true;
+        const float value_step = value_bits == 4 ? 2.0F : 1.0F;
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+            top[nt] = over_tokens_max(top[nt]);
+            skip = skip && (padding[nt] || top[nt] + kSkipLog2 < largest[nt]);
+            const float reference = top[nt] == -INFINITY ? 0 : top[nt];
+            float p_sum = 0;
+            float w_sum = 0;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                uint32_t bits[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float p = exp2_fast(score[nt][tile][i] - reference);
+                    const float w = p * (value_scale[tile][i] * weight_unit);
+                    p_sum += p;
+                    w_sum += w;
+                    bits[i] = __float_as_uint(w + kWeightMagic);
+                }
+                // [high byte of both tokens][low byte of both tokens], columns 2t and 2t + 1 of row g
+                weight[nt][tile] = transpose8x8(prmt(bits[0], bits[1], 0x4051U));
+            }
+            const float now = fmaxf(largest[nt], top[nt]);
+            const float base = now == -INFINITY ? 0 : now;
+            keep[nt] = exp2_fast(largest[nt] - base);
+            const float fresh = exp2_fast(top[nt] - base);
+            largest[nt] = now;
+            sum[nt] = fmaf(sum[nt], keep[nt], p_sum * fresh);
+            const float unit = fresh * (largest_scale * (1.0F / kMostWeight));
+            add[nt] = unit * value_step;
+            weight_sum[nt] = w_sum * unit;
+        }
+        if (__all_sync(kAll, skip)) {
+            return; // `keep` is 1 for every row
+        }
+        if (value_bits == 4) {
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+                correction[nt] = fmaf(correction[nt], keep[nt], weight_sum[nt]);
+            }
+        }
+        const uint8_t* const side = chunk + key_bytes;
+        if constexpr (VB != 0) {
+            values<VB == 0 ? 4 : VB>(side, weight, keep, add);
+        } else {
+            switch (a.value_bits) {
+            case 2: values<2>(side, weight, keep, add); break;
+            case 3: values<3>(side, weight, keep, add); break;
+            case 4: values<4>(side, weight, keep, add); break;
+            default: values<8>(side, weight, keep, add); break;
+            }
+        }
+    }
+
+    // ---- a chunk of exact rows ----
+
+    // Sinks first, then the window's rows. fp16 in the rotated basis, one row a lane for scores.
+    __device__ __forceinline__ void exact_chunk(const Cursor& c) {
+        const int first_end = a.causal != 0 ? c.length - a.q_len + 1 : c.length;
+        const int n_sinks = min(a.sinks, c.length);
+        const int window_begin = max(a.window > 0 ? max(first_end - a.window, 0) : c.length, a.sinks);
+        const int base = (c.index - c.codes) * kExactChunkRows;
+        const int total = n_sinks + max(c.length - window_begin, 0);
+        const int mine = base + lane;
+        const int position = mine < n_sinks ? mine : window_begin + mine - n_sinks;
+        const bool there = mine < total;
+        const int64_t per_slot = a.sinks + a.ring;
+        const auto row_of = [&](int p) {
+            const int entry = p < a.sinks ? p : a.sinks + (p - a.sinks) % max(a.ring, 1);
+            return ((static_cast<int64_t>(a.sequence_slots[c.b]) * per_slot + entry) * a.kv_heads + kv_head(c)) * D;
+        };
+        const int64_t own = there ? row_of(position) : 0;
+        float dot[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            dot[r] = 0;
+        }
+        if (there) {
+            const auto* const key = reinterpret_cast<const uint4*>(a.exact_keys + own);
+            for (int e = 0; e < D / 8; ++e) {
+                const uint4 eight = key[e];
+                const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 k = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+#pragma unroll
+                    for (int r = 0; r < ROWS; ++r) {
+                        const float2 q = *reinterpret_cast<const float2*>(rotated + r * D + e * 8 + i * 2);
+                        dot[r] = fmaf(q.x, k.x, fmaf(q.y, k.y, dot[r]));
+                    }
+                }
+            }
+        }
+        float row_top[ROWS];
+        float row_sum[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const float* const p = params + r * 8;
+            float score = fmaf(dot[r], a.scale_log2, p[2]);
+            if (a.softcap_log2 > 0) {
+                score = cap(score);
+            }
+            const int end = min(__float_as_int(p[4]), c.length);
+            const bool seen = there && position < end && position >= __float_as_int(p[3]) &&
+                              (position < a.sinks || (a.window > 0 && position >= end - a.window));
+            score = seen ? score : -INFINITY;
+            float top = score;
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
+            }
+            const float probability = exp2_fast(score - (top == -INFINITY ? 0 : top));
+            float total_p = probability;
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                total_p += __shfl_xor_sync(kAll, total_p, h);
+            }
+            exact_p[r * 32 + lane] = probability;
+            row_top[r] = top;
+            row_sum[r] = total_p;
+        }
+        __syncwarp();
+        float fresh[kNT];
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+            float top = row_top[nt * 4];
+            float total_p = row_sum[nt * 4];
+#pragma unroll
+            for (int r = 1; r < 4; ++r) {
+                top = t == r ? row_top[nt * 4 + r] : top;
+                total_p = t == r ? row_sum[nt * 4 + r] : total_p;
+            }
+            const float now = fmaxf(largest[nt], top);
+            const float base_now = now == -INFINITY ? 0 : now;
+            const float keep = exp2_fast(largest[nt] - base_now);
+            fresh[nt] = exp2_fast(top - base_now);
+            largest[nt] = now;
+            // The sum is spread over the lanes of a row; one of them takes this chunk's.
+            sum[nt] = fmaf(sum[nt], keep, g == 0 ? total_p * fresh[nt] : 0.0F);
+            correction[nt] *= keep;
+#pragma unroll
+            for (int m = 0; m < kOutTiles; ++m) {
+                out[nt][m][0] *= keep;
+                out[nt][m][1] *= keep;
+            }
+        }
+        for (int j = 0; j < min(total - base, kExactChunkRows); ++j) {
+            const int64_t row = __shfl_sync(kAll, own, j);
+            float p[kNT];
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+                p[nt] = exact_p[(nt * 4 + t) * 32 + j] * fresh[nt];
+            }
+            const __half* const value = reinterpret_cast<const __half*>(a.exact_values + row);
+#pragma unroll
+            for (int m = 0; m < kOutTiles; ++m) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float v = __half2float(value[m * 16 + i * 8 + g]);
+#pragma unroll
+                    for (int nt = 0; nt < kNT; ++nt) {
+                        out[nt][m][i] = fmaf(p[nt], v, out[nt][m][i]);
+                    }
+                }
+            }
+        }
+        __syncwarp();
+    }
+
+    // ---- merging ----
+
+    // The warps' states into merged[] (not divided by the sum) and block_state[]. The whole block.
+    __device__ __forceinline__ void merge_warps() {
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+            for (int h = 4; h < 32; h *= 2) {
+                sum[nt] += __shfl_xor_sync(kAll, sum[nt], h);
+                correction[nt] += __shfl_xor_sync(kAll, correction[nt], h);
+            }
+            if (g == 0) {
+                float* const s = warp_state + (warp * ROWS + nt * 4 + t) * 3;
+                s[0] = largest[nt];
+                s[1] = sum[nt];
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < ROWS) {
+            float top = -INFINITY;
+            for (int w = 0; w < WARPS; ++w) {
+                top = fmaxf(top, warp_state[(w * ROWS + threadIdx.x) * 3]);
+            }
+            const float base = top == -INFINITY ? 0 : top;
+            float total = 0;
+            for (int w = 0; w < WARPS; ++w) {
+                float* const s = warp_state + (w * ROWS + threadIdx.x) * 3;
+                const float factor = exp2_fast(s[0] - base);
+                s[2] = factor;
+                total += s[1] * factor;
+            }
+            block_state[threadIdx.x * 2] = top;
+            block_state[threadIdx.x * 2 + 1] = total;
+        }
+        __syncthreads();
+        constexpr int kRoundTiles = F::merge_tiles(WARPS);
+        constexpr int kRoundChannels = kRoundTiles * 16;
+        float factor[kNT];
+#pragma unroll
+        for (int nt = 0; nt < kNT; ++nt) {
+            factor[nt] = warp_state[(warp * ROWS + nt * 4 + t) * 3 + 2];
+        }
+#pragma unroll
+        for (int round = 0; round < kOutTiles / kRoundTiles; ++round) {
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+                for (int m = 0; m < kRoundTiles; ++m) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        merge[((warp * ROWS + nt * 4 + t) * kRoundTiles + m) * 16 + i * 8 + g] =
+                            (out[nt][round * kRoundTiles + m][i] + correction[nt]) * factor[nt];
+                    }
+                }
+            }
+            __syncthreads();
+            for (int at = threadIdx.x; at < ROWS * kRoundChannels; at += WARPS * 32) {
+                float total = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w) {
+                    total += merge[w * ROWS * kRoundChannels + at];
+                }
+                merged[at / kRoundChannels * D + round * kRoundChannels + at % kRoundChannels] = total;
+            }
+            __syncthreads();
+        }
+    }
+
+    // merged[] and block_state[] are complete: rotate back, divide, write. The whole block.
+    __device__ __forceinline__ void write_out(const Cursor& c) {
+        for (int row = warp; row < ROWS; row += WARPS) {
+            constexpr int kOwn = D / 32;
+            const int r = item_row(c, row);
+            if (r >= a.group * a.q_len) {
+                continue;
+            }
+            const int head = kv_head(c) * a.group + r % a.group;
+            const float top = block_state[row * 2];
+            float total = block_state[row * 2 + 1];
+            if (a.sink_logits != nullptr && total > 0) {
+                total += exp2f(a.sink_logits[head] * 1.4426950408889634F - top);
+            }
+            const float inverse = total > 0 ? 1.0F / total : 0;
+            float y[kOwn];
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                y[e] = merged[row * D + lane * kOwn + e] * inverse;
+            }
+            hadamard_warp<D>(y, lane);
+            const int64_t at = c.b * a.out_batch + r / a.group * a.out_query + head * a.out_head;
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                const int channel = lane * kOwn + e;
+                store_element(a.out, at + channel, a.type, y[e] * rotation_sign_device(D, channel));
+            }
+        }
+    }
+
+    // This block's share of an item that other blocks share too; the last one to come merges all. The whole block.
+    // The item's chunks are [item_begin, item_end) of all; a block has `per` chunks.
+    __device__ __forceinline__ void share_item(const Cursor& c, int item, int64_t item_begin, int64_t item_end, int per) {
+        constexpr int kStride = D + 2;
+        const int first = static_cast<int>(item_begin / per);
+        const int last = static_cast<int>((item_end - 1) / per);
+        const auto slot = [&](int block) { // an item that began before the block has its first slot
+            return a.partial + (2 * block + (item_begin < static_cast<int64_t>(block) * per ? 0 : 1)) *
+                                   static_cast<int64_t>(ROWS * kStride);
+        };
+        float* const own = slot(blockIdx.x);
+        for (int at = threadIdx.x; at < ROWS * D; at += WARPS * 32) {
+            own[at / D * kStride + at % D] = merged[at];
+        }
+        if (threadIdx.x < ROWS) {
+            own[threadIdx.x * kStride + D] = block_state[threadIdx.x * 2];
+            own[threadIdx.x * kStride + D + 1] = block_state[threadIdx.x * 2 + 1];
+        }
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            *flag = atomicAdd(a.counters + item, 1);
+        }
+        __syncthreads();
+        if (*flag != last - first) {
+            return;
+        }
+        __threadfence();
+        if (threadIdx.x == 0) {
+            a.counters[item] = 0; // for the next call
+        }
+        for (int row = warp; row < ROWS; row += WARPS) { // factors of the blocks: by the row's warp
+            float top = -INFINITY;
+            for (int block = first + lane; block <= last; block += 32) {
+                top = fmaxf(top, __ldcg(slot(block) + row * kStride + D));
+            }
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
+            }
+            const float base = top == -INFINITY ? 0 : top;
+            float total = 0;
+            constexpr int kOwn = D / 32;
+            float y[kOwn];
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                y[e] = 0;
+            }
+#pragma unroll 4
+            for (int block = first; block <= last; ++block) {
+                const float* const from = slot(block) + row * kStride;
+                const float factor = exp2_fast(__ldcg(from + D) - base);
+                total += __ldcg(from + D + 1) * factor;
+#pragma unroll
+                for (int e = 0; e < kOwn; ++e) {
+                    y[e] = fmaf(__ldcg(from + e * 32 + lane), factor, y[e]);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                merged[row * D + e * 32 + lane] = y[e];
+            }
+            if (lane == 0) {
+                block_state[row * 2] = top;
+                block_state[row * 2 + 1] = total;
+            }
+            __syncwarp(); // write_out gives a row to the same warp
+        }
+        write_out(c);
+    }
+
+    // ---- the block's range ----
+
+    __device__ __forceinline__ void run() {
+        const int per_sequence = a.kv_heads * a.query_blocks;
+        // Chunks of all items, and where the range of this block begins. Every warp for itself: no barrier needed.
+        Cursor c{};
+        int64_t total = 0;
+        for (int b0 = 0; b0 < a.batch; b0 += 32) {
+            c.b = b0 + lane;
+            item_extent(a, c);
+            int n = c.b < a.batch ? c.n : 0;
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) {
+                n += __shfl_xor_sync(kAll, n, h);
+            }
+            total += n;
+        }
+        total *= per_sequence;
+        const int per = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
+        const int64_t begin = static_cast<int64_t>(blockIdx.x) * per;
+        const int64_t end = min(begin + per, total);
+        if (begin >= end) {
+            return; // the whole block
+        }
+        int64_t before = 0; // chunks of the sequences before c.b
+        for (int b0 = 0; b0 < a.batch; b0 += 32) {
+            c.b = b0 + lane;
+            item_extent(a, c);
+            const int own = c.b < a.batch ? c.n : 0;
+            int upto = own;
+#pragma unroll
+            for (int h = 1; h < 32; h *= 2) {
+                const int other = __shfl_up_sync(kAll, upto, h);
+                upto += lane >= h ? other : 0;
+            }
+            const unsigned past = __ballot_sync(kAll, (before + upto) * per_sequence > begin);
+            if (past != 0) {
+                const int at = __ffs(past) - 1;
+                before += __shfl_sync(kAll, upto - own, at);
+                c.b = b0 + at;
+                break;
+            }
+            before += __shfl_sync(kAll, upto, 31);
+        }
+        item_extent(a, c);
+        const int64_t into = begin - before * per_sequence;
+        c.hq = static_cast<int>(into / c.n);
+        c.index = static_cast<int>(into % c.n);
+
+        if (lane == 0) {
+            for (int s = 0; s < a.stages; ++s) {
+                barrier_init(barriers + s);
+            }
+            barrier_fence();
+        }
+        __syncwarp();
+
+        // This warp's chunks are begin + warp, + WARPS, ... The copies run `stages` ahead of the work, the look-up of
+        // pages one further.
+        Cursor ahead = c;
+        advance(a, ahead, warp);
+        int64_t next = begin + warp; // chunk that `ahead` stands at
+        int page = next < end ? find_page(ahead) : -1;
+        int stage_in = 0;
+        const auto start_next = [&] {
+            const Cursor at = ahead;
+            const int page_now = page;
+            next += WARPS;
+            advance(a, ahead, WARPS);
+            page = next < end ? find_page(ahead) : -1;
+            if (at.index < at.codes) {
+                start_copy(at, page_now, stage_in);
+                stage_in = stage_in + 1 == a.stages ? 0 : stage_in + 1;
+            }
+        };
+        int in_flight = 0; // chunks started and not consumed, exact ones included
+        for (; in_flight < a.stages && next < end; ++in_flight) {
+            start_next();
+        }
+
+        int stage = 0;
+        uint32_t parity = 0;
+        int64_t item_begin = begin - c.index;
+        for (int64_t at = begin; at < end;) { // items
+            const int64_t item_end = item_begin + c.n;
+            prepare_queries(c);
+            begin_item();
+            const int64_t stop = min(item_end, end);
+            // first chunk of this warp's at or after `at`
+            int64_t mine = at + (warp - (at - begin) % WARPS + WARPS) % WARPS;
+            Cursor here = c;
+            for (; mine < stop; mine += WARPS) {
+                here.index = static_cast<int>(mine - item_begin);
+                if (here.index < here.codes) {
+                    barrier_wait(barriers + stage, parity);
+                    code_chunk(here, ring + stage * chunk_bytes);
+                    __syncwarp();
+                    if (++stage == a.stages) {
+                        stage = 0;
+                        parity ^= 1U;
+                    }
+                } else if (here.codes < here.n && (a.sinks > 0 || a.ring > 0)) {
+                    exact_chunk(here);
+                }
+                if (next < end) {
+                    start_next();
+                }
+            }
+            merge_warps();
+            const int item = c.b * per_sequence + c.hq;
+            if (item_begin >= begin && item_end <= end) {
+                write_out(c);
+            } else {
+                share_item(c, item, item_begin, item_end, per);
+            }
+            __syncthreads();
+            at = stop;
+            item_begin = item_end;
+            c.index = 0;
+            if (at < end && ++c.hq == per_sequence) {
+                c.hq = 0;
+                ++c.b;
+                item_extent(a, c);
+            }
+        }
+    }
+};
+
+template <int D, int KB, int VB, int ROWS, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, 1) attend_kernel(const __grid_constant__ AttendArgs args) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    Attend<D, KB, VB, ROWS, WARPS> attend(args, shared);
+    attend.run();
+}
+
+// Warps of a block: as many as leave room for a ring of three chunks each at 4 bits.
+template <int D>
+inline constexpr int kWarps = D <= 128 ? 8 : 4;
+
+} // namespace turboquant::cuda
