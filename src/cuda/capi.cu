@@ -161,7 +161,7 @@ std::string plan_attention(const tq_cuda_cache& c, const tq_cuda_attention& a, P
     }
     plan.items = static_cast<int64_t>(a.batch) * c.kv_heads * plan.query_blocks;
     plan.partial_bytes = static_cast<size_t>(2 * plan.blocks) * static_cast<size_t>(plan.shape.rows) *
-                         static_cast<size_t>(c.head_size + 2) * sizeof(float);
+                         static_cast<size_t>(c.head_size + 4) * sizeof(float);
     plan.partial_bytes = (plan.partial_bytes + 255) / 256 * 256;
     plan.workspace = plan.partial_bytes + static_cast<size_t>(plan.items) * sizeof(int32_t);
     return {};

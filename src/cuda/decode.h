@@ -8,7 +8,6 @@
 
 namespace turboquant::cuda {
 
-inline constexpr int kChunkTokens = 64; // what a warp takes at a time
 inline constexpr int kExactChunkRows = 32;
 inline constexpr int kRowsPerTile = 4; // query rows that one n8 tile of the tensor core holds, in two halves of a byte
 inline constexpr int kMostStages = 8;
@@ -25,7 +24,7 @@ struct AttendArgs {
     const int32_t* lengths;
     const int32_t* sequence_slots;
     const float* sink_logits;
-    float* partial; // [2 * blocks][rows of an item][head_size + 2]
+    float* partial; // [2 * blocks][rows of an item][head_size + 4]
     int32_t* counters; // [items], zero between calls
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
@@ -47,23 +46,27 @@ struct AttendArgs {
 struct LaunchShape {
     int rows;         // query rows of an item: 4 or 8
     int warps;        // of a block
+    int tiles;        // of 16 tokens that a warp takes at a time
     int stages;       // of a warp's ring
     int shared_bytes; // dynamic
     int blocks_per_sm;
 };
 
-// The launch for a head size, bits and rows of (group * q_len). An error of CUDA if the kernel is not there.
+// The launch for a head size, bits and rows of (group * q_len). stages < 1: the device has too little shared memory.
 LaunchShape launch_shape(int head_size, int key_bits, int value_bits, int query_rows);
 cudaError_t launch_attend(const AttendArgs& args, int head_size, const LaunchShape& shape, int blocks,
                           cudaStream_t stream);
 
-// One per head size, in files of their own so that they compile side by side.
 using AttendKernel = void (*)(AttendArgs);
-AttendKernel attend_kernel_64(int key_bits, int value_bits, int rows);
-AttendKernel attend_kernel_128(int key_bits, int value_bits, int rows);
-AttendKernel attend_kernel_256(int key_bits, int value_bits, int rows);
-
-// Static part of the shared memory that is laid out by hand before the rings (decode_kernel.cuh).
-int attend_fixed_bytes(int head_size, int rows, int warps);
+struct KernelChoice {
+    AttendKernel kernel;
+    int warps;
+    int tiles;
+    int fixed_bytes; // of shared memory, beside the rings
+};
+// One per head size, in files of their own so that they compile side by side. rows: 4 or 8.
+KernelChoice attend_kernel_64(int key_bits, int value_bits, int rows);
+KernelChoice attend_kernel_128(int key_bits, int value_bits, int rows);
+KernelChoice attend_kernel_256(int key_bits, int value_bits, int rows);
 
 } // namespace turboquant::cuda

@@ -1,20 +1,43 @@
 // The attention kernels for heads of 128 channels.
 #include "cuda/decode_kernel.cuh"
 
+#if defined(TQ_TUNE)
+#include <cstdlib>
+#endif
+
 namespace turboquant::cuda {
 
-AttendKernel attend_kernel_128(int key_bits, int value_bits, int rows) {
+namespace {
+
+template <int KB, int VB, int ROWS, int WARPS, int TILES>
+KernelChoice choice() {
+    return {attend_kernel<128, KB, VB, ROWS, WARPS, TILES>, WARPS, TILES, Fixed<128, ROWS>::bytes(WARPS)};
+}
+
+} // namespace
+
+KernelChoice attend_kernel_128(int key_bits, int value_bits, int rows) {
     const int both = key_bits * 16 + value_bits;
     if (rows == 4) {
         switch (both) {
-        case 0x44: return attend_kernel<128, 4, 4, 4, kWarps<128>>;
-        case 0x42: return attend_kernel<128, 4, 2, 4, kWarps<128>>;
-        case 0x33: return attend_kernel<128, 3, 3, 4, kWarps<128>>;
-        case 0x84: return attend_kernel<128, 8, 4, 4, kWarps<128>>;
-        default: return attend_kernel<128, 0, 0, 4, kWarps<128>>;
+        case 0x44:
+#if defined(TQ_TUNE)
+            switch (std::getenv("TQ_VARIANT") ? std::atoi(std::getenv("TQ_VARIANT")) : 0) {
+            case 1: return choice<4, 4, 4, 12, 4>();
+            case 2: return choice<4, 4, 4, 12, 2>();
+            case 3: return choice<4, 4, 4, 16, 2>();
+            case 4: return choice<4, 4, 4, 8, 2>();
+            default: break;
+            }
+#endif
+            return choice<4, 4, 4, 8, 4>();
+        case 0x42: return choice<4, 2, 4, 8, 4>();
+        case 0x33: return choice<3, 3, 4, 8, 4>();
+        case 0x84: return choice<8, 4, 4, 8, 4>();
+        default: return choice<0, 0, 4, 8, 4>();
         }
     }
-    return both == 0x44 ? attend_kernel<128, 4, 4, 8, kWarps<128>> : attend_kernel<128, 0, 0, 8, kWarps<128>>;
+    return both == 0x44 ? choice<4, 4, 8, 8, 4>() : choice<0, 0, 8, 8, 4>();
 }
 
 } // namespace turboquant::cuda

@@ -18,7 +18,6 @@
 namespace turboquant::cuda {
 
 inline constexpr unsigned kAll = 0xffffffffU;
-inline constexpr int kTiles = kChunkTokens / kTileTokens; // of a chunk
 // Integer accumulators start here: read as a float they then are kMagic + sum, for |sum| <= 2^22.
 inline constexpr int32_t kMagicBits = 0x4b400000;
 inline constexpr float kMagic = 12582912.0F;
@@ -40,11 +39,18 @@ struct Fixed { // bytes of shared memory before the rings
         }
         return tiles;
     }
-    __host__ __device__ static constexpr int merge_bytes(int warps) { return warps * ROWS * merge_tiles(warps) * 64; }
+    // Floats of one warp's row in the merge buffer: rows 8 banks apart.
+    __host__ __device__ static constexpr int merge_stride(int warps) { return merge_tiles(warps) * 16 + 8; }
+    // The buffer also holds the probabilities of exact rows, [warp][row][32], while there is nothing to merge.
+    __host__ __device__ static constexpr int merge_bytes(int warps) {
+        const int merge = warps * ROWS * merge_stride(warps) * 4;
+        const int exact = warps * ROWS * kExactChunkRows * 4;
+        return merge > exact ? merge : exact;
+    }
     __host__ __device__ static constexpr int bytes(int warps) {
-        // fragments, rotated queries (also the block's merged output), parameters, warps' (max, sum, correction),
-        // merged (max, sum), exact rows' probabilities, barriers, merge buffer
-        return kQueryFragments + 2 * kQueryFloats + kRowParams + warps * ROWS * 12 + ROWS * 8 + warps * ROWS * 32 * 4 +
+        // fragments, rotated queries, the block's merged output, parameters, warps' (max, sum), merged (max, sum),
+        // barriers, the flag, the merge buffer
+        return kQueryFragments + 2 * kQueryFloats + kRowParams + warps * ROWS * 8 + ROWS * 8 +
                warps * kMostStages * 8 + 16 + merge_bytes(warps);
     }
 };
@@ -60,13 +66,14 @@ struct Cursor {
     int length;
 };
 
+template <int CHUNK>
 __device__ __forceinline__ void item_extent(const AttendArgs& a, Cursor& c) {
     c.length = c.b < a.batch ? a.lengths[c.b] : 0;
     const int first_end = a.causal != 0 ? c.length - a.q_len + 1 : c.length; // tokens that the first query sees
     const int code_end = a.window > 0 ? c.length - a.window : c.length;      // for the last query; before: less
     const int code_begin = a.sliding_window > 0 ? max(first_end - a.sliding_window, 0) : 0;
-    c.first = max(min(code_begin, code_end), 0) / kChunkTokens;
-    c.codes = code_end > 0 ? max((code_end + kChunkTokens - 1) / kChunkTokens - c.first, 0) : 0;
+    c.first = max(min(code_begin, code_end), 0) / CHUNK;
+    c.codes = code_end > 0 ? max((code_end + CHUNK - 1) / CHUNK - c.first, 0) : 0;
     int exact = 0;
     if (a.ring > 0 || a.sinks > 0) {
         const int window_begin = a.window > 0 ? max(first_end - a.window, 0) : c.length;
@@ -75,21 +82,10 @@ __device__ __forceinline__ void item_extent(const AttendArgs& a, Cursor& c) {
     c.n = max(c.codes + (exact + kExactChunkRows - 1) / kExactChunkRows, 1);
 }
 
-__device__ __forceinline__ void advance(const AttendArgs& a, Cursor& c, int by) {
-    c.index += by;
-    const int per_sequence = a.kv_heads * a.query_blocks;
-    while (c.index >= c.n && c.b < a.batch) {
-        c.index -= c.n;
-        if (++c.hq == per_sequence) {
-            c.hq = 0;
-            ++c.b;
-            item_extent(a, c);
-        }
-    }
-}
-
-template <int D, int KB, int VB, int ROWS, int WARPS>
+template <int D, int KB, int VB, int ROWS, int WARPS, int TILES>
 struct Attend {
+    static constexpr int kTiles = TILES; // of a chunk
+    static constexpr int kChunkTokens = TILES * kTileTokens;
     static constexpr int kNT = ROWS / 4;
     static constexpr int kSteps = D / 32;
     static constexpr int kOutTiles = D / 16;
@@ -100,17 +96,17 @@ struct Attend {
     float* rotated;      // [row][D]
     float* merged;       // [row][D]
     float* params;       // [row][8]: A, B, C, constant, lowest, highest token
-    float* warp_state;   // [warp][row][3]
+    float* warp_state;   // [warp][row][2]
     float* block_state;  // [row][2]
     float* exact_p;      // [row][32], this warp's
     uint64_t* barriers;  // [stage], this warp's
     int* flag;
-    float* merge;        // [warp][row][merge tile][16]
+    float* merge;        // [warp][row][merge_stride]
     uint8_t* ring;       // [stage][chunk], this warp's
 
     const AttendArgs& a;
     const int warp, lane, g, t;
-    int chunk_bytes;
+    uint32_t signs; // of the rotation, bit e: channel lane * D/32 + e
 
     // ---- state of this warp for the item at hand ----
     float largest[kNT], sum[kNT], correction[kNT];
@@ -119,10 +115,15 @@ struct Attend {
     float scale_high[kNT], scale_low[kNT], scale_constant[kNT], constant[kNT];
     int lowest[kNT], highest[kNT];
     bool padding[kNT];
+    int safe_begin, safe_end; // tokens that all of the item's queries see as codes
 
     __device__ __forceinline__ Attend(const AttendArgs& args, uint8_t* shared)
         : a(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {
-        chunk_bytes = kTiles * a.tile_bytes;
+        signs = 0;
+#pragma unroll
+        for (int e = 0; e < D / 32; ++e) {
+            signs |= rotation_sign_device(D, lane * (D / 32) + e) < 0 ? 1U << e : 0U;
+        }
         uint8_t* at = shared;
         const auto take = [&at](int bytes) {
             uint8_t* const p = at;
@@ -130,18 +131,26 @@ struct Attend {
             return p;
         };
         // The rings first: bulk copies want 16-byte alignment, and everything else is a multiple of 4.
-        ring = take(WARPS * a.stages * chunk_bytes) + warp * a.stages * chunk_bytes;
+        ring = take(WARPS * a.stages * chunk_bytes()) + warp * a.stages * chunk_bytes();
         merge = reinterpret_cast<float*>(take(F::merge_bytes(WARPS)));
         fragments = reinterpret_cast<uint2*>(take(F::kQueryFragments));
         barriers = reinterpret_cast<uint64_t*>(take(WARPS * kMostStages * 8)) + warp * kMostStages;
         rotated = reinterpret_cast<float*>(take(F::kQueryFloats));
         merged = reinterpret_cast<float*>(take(F::kQueryFloats));
         params = reinterpret_cast<float*>(take(F::kRowParams));
-        exact_p = reinterpret_cast<float*>(take(WARPS * ROWS * 32 * 4)) + warp * ROWS * 32;
-        warp_state = reinterpret_cast<float*>(take(WARPS * ROWS * 12));
+        exact_p = merge + warp * ROWS * kExactChunkRows;
+        warp_state = reinterpret_cast<float*>(take(WARPS * ROWS * 8));
         block_state = reinterpret_cast<float*>(take(ROWS * 8));
         flag = reinterpret_cast<int*>(take(16));
     }
+
+    // Known to the compiler where the bits are.
+    __device__ __forceinline__ int tile_bytes() const {
+        return KB != 0 ? cuda::tile_bytes(D, KB == 0 ? 4 : KB, VB == 0 ? 4 : VB) : a.tile_bytes;
+    }
+    __device__ __forceinline__ int chunk_bytes() const { return kTiles * tile_bytes(); }
+
+    __device__ __forceinline__ float rotation_sign(int e) const { return (signs >> e & 1U) != 0 ? -1.0F : 1.0F; }
 
     // Query row r of an item: query r / group, head of its group r % group.
     __device__ __forceinline__ int item_row(const Cursor& c, int row) const {
@@ -149,35 +158,53 @@ struct Attend {
     }
     __device__ __forceinline__ int kv_head(const Cursor& c) const { return c.hq / a.query_blocks; }
 
-    // Rotates the item's queries into shared memory, as floats and as fragments. The whole block; ends in a barrier.
-    __device__ __forceinline__ void prepare_queries(const Cursor& c) {
-        for (int row = warp; row < ROWS; row += WARPS) {
-            constexpr int kOwn = D / 32;
+    // This warp's query rows of an item, as they are: loaded early, so that the look-up overlaps other work.
+    static constexpr int kOwn = D / 32;                          // channels of a row in a lane
+    static constexpr int kOwnRows = (ROWS + WARPS - 1) / WARPS; // rows of a warp
+    struct RawQueries {
+        float x[kOwnRows][kOwn];
+    };
+
+    __device__ __forceinline__ bool real_row(const Cursor& c, int row) const {
+        return row < ROWS && item_row(c, row) < a.group * a.q_len && c.b < a.batch;
+    }
+
+    __device__ __forceinline__ void load_queries(const Cursor& c, RawQueries& raw) const {
+#pragma unroll
+        for (int k = 0; k < kOwnRows; ++k) {
+            const int row = warp + k * WARPS;
             const int r = item_row(c, row);
-            const bool real = r < a.group * a.q_len && c.b < a.batch;
-            const int head = kv_head(c) * a.group + r % a.group;
-            const int i = r / a.group;
+            const bool real = real_row(c, row);
+            const int64_t at = c.b * a.q_batch + r / a.group * a.q_query + (kv_head(c) * a.group + r % a.group) * a.q_head;
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                raw.x[k][e] = real ? load_element(a.q, at + lane * kOwn + e, a.type) : 0;
+            }
+        }
+    }
+
+    // Rotates the item's queries into shared memory, as floats and as fragments. The whole block; ends in a barrier.
+    __device__ __forceinline__ void prepare_queries(const Cursor& c, const RawQueries& raw) {
+#pragma unroll
+        for (int k = 0; k < kOwnRows; ++k) {
+            const int row = warp + k * WARPS;
+            if (row >= ROWS) {
+                break;
+            }
+            const bool real = real_row(c, row);
             float y[kOwn];
             float bias = 0;
-            if (real) {
-                const int64_t at = c.b * a.q_batch + i * a.q_query + head * a.q_head;
 #pragma unroll
-                for (int e = 0; e < kOwn; ++e) {
-                    const int channel = lane * kOwn + e;
-                    float x = load_element(a.q, at + channel, a.type);
-                    if (a.mu != nullptr) {
-                        bias += x * a.mu[kv_head(c) * D + channel];
-                    }
-                    if (a.lambda != nullptr) {
-                        x /= a.lambda[kv_head(c) * D + channel];
-                    }
-                    y[e] = x * rotation_sign_device(D, channel);
+            for (int e = 0; e < kOwn; ++e) {
+                const int channel = lane * kOwn + e;
+                float x = raw.x[k][e];
+                if (a.mu != nullptr) {
+                    bias += x * a.mu[kv_head(c) * D + channel];
                 }
-            } else {
-#pragma unroll
-                for (int e = 0; e < kOwn; ++e) {
-                    y[e] = 0;
+                if (a.lambda != nullptr) {
+                    x /= a.lambda[kv_head(c) * D + channel];
                 }
+                y[e] = x * rotation_sign(e);
             }
             hadamard_warp<D>(y, lane);
             float top = 0;
@@ -219,6 +246,7 @@ struct Attend {
                 p[0] = unit;
                 p[1] = unit * static_cast<float>(total);
                 p[2] = bias * a.scale_log2;
+                const int i = item_row(c, row) / a.group;
                 const int end = a.causal != 0 ? c.length - a.q_len + 1 + i : c.length;
                 // A row of padding sees everything, with a query of zeros.
                 p[3] = __int_as_float(real && a.sliding_window > 0 ? max(end - a.sliding_window, 0) : 0);
@@ -229,7 +257,9 @@ struct Attend {
         __syncthreads();
     }
 
-    __device__ __forceinline__ void begin_item() {
+    __device__ __forceinline__ void begin_item(const Cursor& item) {
+        safe_end = (a.causal != 0 ? item.length - a.q_len + 1 : item.length) - a.window;
+        safe_begin = a.sliding_window > 0 ? max(item.length - a.sliding_window, a.sinks) : a.sinks;
         const float step = KB == 0 ? (a.key_bits == 4 ? 2.0F : 1.0F) : Unpack<KB == 0 ? 4 : KB>::kStep;
         const float offset = KB == 0 ? (a.key_bits == 4 ? 1.0F : 0.0F) : Unpack<KB == 0 ? 4 : KB>::kOffset;
 #pragma unroll
@@ -265,33 +295,65 @@ struct Attend {
 
     // ---- the ring ----
 
-    __device__ __forceinline__ int pieces() const { return a.page_size < kChunkTokens ? kChunkTokens / a.page_size : 1; }
+    // The copies run ahead of the work: where they stand.
+    struct Ahead {
+        Cursor c;
+        int next; // chunk of all that c stands at
+        int end;  // of the block's range
+        int page; // of c's chunk (lane i < n_pieces: of piece i); looked up one chunk before it is needed
+        int stage;
+        const int32_t* table;     // c's row of the page table
+        const uint8_t* head_base; // c's head in page 0
+    };
 
-    // The page that piece `lane` of a chunk lies in; any page for lanes and chunks that have none.
-    __device__ __forceinline__ int find_page(const Cursor& c) const {
-        const int piece_tokens = min(a.page_size, kChunkTokens);
-        const int token = (c.first + c.index) * kChunkTokens + lane * piece_tokens;
-        const bool wanted = c.b < a.batch && c.index < c.codes && lane < pieces() && token < c.length;
-        return wanted ? a.page_table[c.b * a.page_table_stride + (token >> a.page_shift)] : -1;
+    __device__ __forceinline__ void enter_item(Ahead& ahead) const {
+        ahead.table = a.page_table + ahead.c.b * a.page_table_stride;
+        ahead.head_base = a.pages + static_cast<int64_t>(kv_head(ahead.c)) * (a.page_size / kTileTokens) * tile_bytes();
     }
 
-    __device__ __forceinline__ void start_copy(const Cursor& c, int page, int stage) {
-        const int piece_tokens = min(a.page_size, kChunkTokens);
-        const int piece_bytes = piece_tokens / kTileTokens * a.tile_bytes;
-        const int first_token = (c.first + c.index) * kChunkTokens;
-        const unsigned wanted = __ballot_sync(kAll, page >= 0);
-        copy_begin(barriers + stage, __popc(wanted) * piece_bytes, lane);
-        const int within = (first_token + lane * piece_tokens) & (a.page_size - 1);
-        const uint8_t* const source = a.pages + static_cast<int64_t>(page) * a.page_bytes +
-                                      static_cast<int64_t>(kv_head(c)) * (a.page_size / kTileTokens) * a.tile_bytes +
-                                      within / kTileTokens * a.tile_bytes;
-        for (int i = 0; i < pieces(); ++i) {
-            if ((wanted >> i & 1U) != 0) {
-                copy_piece(barriers + stage, ring + stage * chunk_bytes + i * piece_bytes, source, piece_bytes, i,
-                           lane);
+    __device__ __forceinline__ void advance(Ahead& ahead, int by) const {
+        ahead.next += by;
+        ahead.c.index += by;
+        if (ahead.c.index >= ahead.c.n) { // rarely: into a later item
+            while (ahead.c.index >= ahead.c.n && ahead.c.b < a.batch) {
+                ahead.c.index -= ahead.c.n;
+                if (++ahead.c.hq == a.kv_heads * a.query_blocks) {
+                    ahead.c.hq = 0;
+                    ++ahead.c.b;
+                    item_extent<kChunkTokens>(a, ahead.c);
+                }
             }
+            enter_item(ahead);
         }
-        copy_end(barriers + stage);
+        look_up(ahead);
+    }
+
+    // A chunk is one piece, or several pages' pieces: a page of 16 tokens is a fourth of a chunk of 64.
+    __device__ __forceinline__ int piece_tokens() const { return min(a.page_size, kChunkTokens); }
+
+    __device__ __forceinline__ void look_up(Ahead& ahead) const {
+        const int pieces = kChunkTokens / piece_tokens();
+        const int token = (ahead.c.first + ahead.c.index) * kChunkTokens + lane % pieces * piece_tokens();
+        if (ahead.next < ahead.end && ahead.c.index < ahead.c.codes && token < ahead.c.length) {
+            ahead.page = ahead.table[token >> a.page_shift];
+        }
+    }
+
+    // Starts the copy of the chunk that `ahead` stands at, if it is one of codes, and moves on.
+    __device__ __forceinline__ void start_next(Ahead& ahead) const {
+        if (ahead.c.index < ahead.c.codes) {
+            const int token = (ahead.c.first + ahead.c.index) * kChunkTokens;
+            const int per_piece = piece_tokens();
+            const int pieces = min(kChunkTokens, ahead.c.length - token + per_piece - 1) / per_piece;
+            const int piece_bytes = per_piece / kTileTokens * tile_bytes();
+            const uint8_t* const source = ahead.head_base + static_cast<int64_t>(ahead.page) * a.page_bytes +
+                                          (token & (a.page_size - 1)) / kTileTokens * tile_bytes();
+            uint64_t* const barrier = barriers + ahead.stage;
+            copy_begin(barrier, pieces * piece_bytes, lane);
+            copy_pieces(barrier, ring + ahead.stage * chunk_bytes(), source, piece_bytes, pieces, lane);
+            ahead.stage = ahead.stage + 1 == a.stages ? 0 : ahead.stage + 1;
+        }
+        advance(ahead, WARPS);
     }
 
     // ---- a chunk of codes ----
@@ -299,21 +361,15 @@ struct Attend {
     template <int BITS>
     __device__ __forceinline__ void scores(const uint8_t* chunk, float (&score)[kNT][kTiles][2]) {
         using Words = LaneWords<D, BITS>;
+        const int32_t magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             int32_t c[kNT][4];
 #pragma unroll
-            for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    c[nt][i] = kMagicBits;
-                }
-            }
-#pragma unroll
             for (int part = 0; part < Words::kParts; ++part) {
                 uint32_t low[Words::kPartWords];
                 uint32_t sign[Words::kPartSigns > 0 ? Words::kPartSigns : 1];
-                Words::load(chunk + tile * a.tile_bytes, lane, part, low, sign);
+                Words::load(chunk + tile * tile_bytes(), lane, part, low, sign);
 #pragma unroll
                 for (int s = 0; s < Words::kPartPairs / 2; ++s) {
                     uint32_t k[4];
@@ -323,7 +379,11 @@ struct Attend {
                     for (int nt = 0; nt < kNT; ++nt) {
                         const uint2 q = query[nt][part * (Words::kPartPairs / 2) + s];
                         const uint32_t b[2] = {q.x, q.y};
-                        mma_s8s8(c[nt], k, b);
+                        if (part == 0 && s == 0) {
+                            mma_s8s8(c[nt], k, b, magic);
+                        } else {
+                            mma_s8s8(c[nt], k, b, c[nt]);
+                        }
                     }
                 }
             }
@@ -343,25 +403,19 @@ struct Attend {
     __device__ __forceinline__ void values(const uint8_t* chunk, const uint32_t (&weight)[kNT][kTiles],
                                            const float (&keep)[kNT], const float (&add)[kNT]) {
         using Words = LaneWords<D, BITS>;
+        const int32_t magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
 #pragma unroll
         for (int part = 0; part < Words::kParts; ++part) {
             uint32_t low[kTiles][Words::kPartWords];
             uint32_t sign[kTiles][Words::kPartSigns > 0 ? Words::kPartSigns : 1];
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                Words::load(chunk + tile * a.tile_bytes, lane, part, low[tile], sign[tile]);
+                Words::load(chunk + tile * tile_bytes(), lane, part, low[tile], sign[tile]);
             }
 #pragma unroll
             for (int p = 0; p < Words::kPartPairs; ++p) {
                 const int m = part * Words::kPartPairs + p;
                 int32_t c[kNT][4];
-#pragma unroll
-                for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        c[nt][i] = kMagicBits;
-                    }
-                }
 #pragma unroll
                 for (int tile = 0; tile < kTiles; tile += 2) {
                     uint32_t v[4];
@@ -370,7 +424,11 @@ struct Attend {
 #pragma unroll
                     for (int nt = 0; nt < kNT; ++nt) {
                         const uint32_t b[2] = {weight[nt][tile], weight[nt][tile + 1]};
-                        mma_s8u8(c[nt], v, b);
+                        if (tile == 0) {
+                            mma_s8u8(c[nt], v, b, magic);
+                        } else {
+                            mma_s8u8(c[nt], v, b, c[nt]);
+                        }
                     }
                 }
 #pragma unroll
@@ -410,7 +468,7 @@ struct Attend {
         float largest_scale = 0;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            const uint2 s = *reinterpret_cast<const uint2*>(chunk + tile * a.tile_bytes + key_bytes +
+            const uint2 s = *reinterpret_cast<const uint2*>(chunk + tile * tile_bytes() + key_bytes +
                                                             side_bytes(D, value_bits) + g * 8);
             const float2 ks = __half22float2(reinterpret_cast<const __half2&>(s.x));
             const float2 vs = __half22float2(reinterpret_cast<const __half2&>(s.y));
@@ -433,8 +491,6 @@ struct Attend {
             }
         }
         const int first = (c.first + c.index) * kChunkTokens;
-        const int safe_end = (a.causal != 0 ? c.length - a.q_len + 1 : c.length) - a.window;
-        const int safe_begin = a.sliding_window > 0 ? max(c.length - a.sliding_window, a.sinks) : a.sinks;
         if (first < safe_begin || first + kChunkTokens > safe_end) {
             // Hidden from some query: by the future, as an exact row, or by the sliding window. Bytes behind the
             // sequence's end are anything.
@@ -650,7 +706,8 @@ struct Attend {
 
     // ---- merging ----
 
-    // The warps' states into merged[] (not divided by the sum) and block_state[]. The whole block.
+    // The warps' states into merged[] (not divided by the sum) and block_state[]. The whole block; ends in a barrier. The
+    // merge buffer is free after the first barrier: until then it may hold exact rows' probabilities.
     __device__ __forceinline__ void merge_warps() {
 #pragma unroll
         for (int nt = 0; nt < kNT; ++nt) {
@@ -660,36 +717,36 @@ struct Attend {
                 correction[nt] += __shfl_xor_sync(kAll, correction[nt], h);
             }
             if (g == 0) {
-                float* const s = warp_state + (warp * ROWS + nt * 4 + t) * 3;
+                float* const s = warp_state + (warp * ROWS + nt * 4 + t) * 2;
                 s[0] = largest[nt];
                 s[1] = sum[nt];
             }
         }
         __syncthreads();
-        if (threadIdx.x < ROWS) {
-            float top = -INFINITY;
-            for (int w = 0; w < WARPS; ++w) {
-                top = fmaxf(top, warp_state[(w * ROWS + threadIdx.x) * 3]);
-            }
-            const float base = top == -INFINITY ? 0 : top;
-            float total = 0;
-            for (int w = 0; w < WARPS; ++w) {
-                float* const s = warp_state + (w * ROWS + threadIdx.x) * 3;
-                const float factor = exp2_fast(s[0] - base);
-                s[2] = factor;
-                total += s[1] * factor;
-            }
-            block_state[threadIdx.x * 2] = top;
-            block_state[threadIdx.x * 2 + 1] = total;
-        }
-        __syncthreads();
-        constexpr int kRoundTiles = F::merge_tiles(WARPS);
-        constexpr int kRoundChannels = kRoundTiles * 16;
         float factor[kNT];
 #pragma unroll
         for (int nt = 0; nt < kNT; ++nt) {
-            factor[nt] = warp_state[(warp * ROWS + nt * 4 + t) * 3 + 2];
+            const int row = nt * 4 + t;
+            float top = -INFINITY;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                top = fmaxf(top, warp_state[(w * ROWS + row) * 2]);
+            }
+            const float base = top == -INFINITY ? 0 : top;
+            factor[nt] = exp2_fast(largest[nt] - base);
+            if (warp == 0 && g == 0) {
+                float total = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; ++w) {
+                    total += warp_state[(w * ROWS + row) * 2 + 1] * exp2_fast(warp_state[(w * ROWS + row) * 2] - base);
+                }
+                block_state[row * 2] = top;
+                block_state[row * 2 + 1] = total;
+            }
         }
+        constexpr int kRoundTiles = F::merge_tiles(WARPS);
+        constexpr int kRoundChannels = kRoundTiles * 16;
+        constexpr int kStride = F::merge_stride(WARPS);
 #pragma unroll
         for (int round = 0; round < kOutTiles / kRoundTiles; ++round) {
 #pragma unroll
@@ -698,19 +755,21 @@ struct Attend {
                 for (int m = 0; m < kRoundTiles; ++m) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        merge[((warp * ROWS + nt * 4 + t) * kRoundTiles + m) * 16 + i * 8 + g] =
+                        merge[(warp * ROWS + nt * 4 + t) * kStride + m * 16 + i * 8 + g] =
                             (out[nt][round * kRoundTiles + m][i] + correction[nt]) * factor[nt];
                     }
                 }
             }
             __syncthreads();
             for (int at = threadIdx.x; at < ROWS * kRoundChannels; at += WARPS * 32) {
+                const int row = at / kRoundChannels;
+                const int channel = at % kRoundChannels;
                 float total = 0;
 #pragma unroll
                 for (int w = 0; w < WARPS; ++w) {
-                    total += merge[w * ROWS * kRoundChannels + at];
+                    total += merge[(w * ROWS + row) * kStride + channel];
                 }
-                merged[at / kRoundChannels * D + round * kRoundChannels + at % kRoundChannels] = total;
+                merged[row * D + round * kRoundChannels + channel] = total;
             }
             __syncthreads();
         }
@@ -719,7 +778,6 @@ struct Attend {
     // merged[] and block_state[] are complete: rotate back, divide, write. The whole block.
     __device__ __forceinline__ void write_out(const Cursor& c) {
         for (int row = warp; row < ROWS; row += WARPS) {
-            constexpr int kOwn = D / 32;
             const int r = item_row(c, row);
             if (r >= a.group * a.q_len) {
                 continue;
@@ -741,46 +799,54 @@ struct Attend {
 #pragma unroll
             for (int e = 0; e < kOwn; ++e) {
                 const int channel = lane * kOwn + e;
-                store_element(a.out, at + channel, a.type, y[e] * rotation_sign_device(D, channel));
+                store_element(a.out, at + channel, a.type, y[e] * rotation_sign(e));
             }
         }
     }
 
     // This block's share of an item that other blocks share too; the last one to come merges all. The whole block.
     // The item's chunks are [item_begin, item_end) of all; a block has `per` chunks.
-    __device__ __forceinline__ void share_item(const Cursor& c, int item, int64_t item_begin, int64_t item_end, int per) {
-        constexpr int kStride = D + 2;
-        const int first = static_cast<int>(item_begin / per);
-        const int last = static_cast<int>((item_end - 1) / per);
-        const auto slot = [&](int block) { // an item that began before the block has its first slot
-            return a.partial + (2 * block + (item_begin < static_cast<int64_t>(block) * per ? 0 : 1)) *
-                                   static_cast<int64_t>(ROWS * kStride);
+    __device__ __forceinline__ void share_item(const Cursor& c, int item, int item_begin, int item_end, int per) {
+        constexpr int kStride = D + 4; // a row: channels, (max, sum), padding
+        const int first = item_begin / per;
+        const int n = (item_end - 1) / per - first + 1;
+        const auto slot = [&](int i) { // an item that began before the block has its first slot
+            const int block = first + i;
+            return a.partial + (2 * block + (item_begin < block * per ? 0 : 1)) * static_cast<int64_t>(ROWS * kStride);
         };
-        float* const own = slot(blockIdx.x);
-        for (int at = threadIdx.x; at < ROWS * D; at += WARPS * 32) {
-            own[at / D * kStride + at % D] = merged[at];
+        float* const own = slot(blockIdx.x - first);
+        for (int at = threadIdx.x; at < ROWS * D / 4; at += WARPS * 32) {
+            *reinterpret_cast<float4*>(own + at / (D / 4) * kStride + at % (D / 4) * 4) =
+                reinterpret_cast<const float4*>(merged)[at];
         }
         if (threadIdx.x < ROWS) {
-            own[threadIdx.x * kStride + D] = block_state[threadIdx.x * 2];
-            own[threadIdx.x * kStride + D + 1] = block_state[threadIdx.x * 2 + 1];
+            *reinterpret_cast<float2*>(own + threadIdx.x * kStride + D) =
+                reinterpret_cast<const float2*>(block_state)[threadIdx.x];
         }
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
-            *flag = atomicAdd(a.counters + item, 1);
+            __threadfence(); // with the barriers on both sides: all writes before, all reads after
+            const int before = atomicAdd(a.counters + item, 1);
+            __threadfence();
+            *flag = before;
         }
         __syncthreads();
-        if (*flag != last - first) {
+        if (*flag != n - 1) {
             return;
         }
-        __threadfence();
         if (threadIdx.x == 0) {
             a.counters[item] = 0; // for the next call
         }
-        for (int row = warp; row < ROWS; row += WARPS) { // factors of the blocks: by the row's warp
+        // A warp takes a row and every kSplit-th block; the sums of a row meet in the merge buffer.
+        constexpr int kSplit = WARPS / ROWS > 0 ? WARPS / ROWS : 1;
+        static_assert(kSplit * ROWS * D * 4 + kSplit * ROWS * 8 <= F::merge_bytes(WARPS));
+        float* const split_state = merge + kSplit * ROWS * D;
+        for (int job = warp; job < kSplit * ROWS; job += WARPS) {
+            const int row = job % ROWS;
+            const int part = job / ROWS;
             float top = -INFINITY;
-            for (int block = first + lane; block <= last; block += 32) {
-                top = fmaxf(top, __ldcg(slot(block) + row * kStride + D));
+            for (int i = lane; i < n; i += 32) {
+                top = fmaxf(top, __ldcg(slot(i) + row * kStride + D));
             }
 #pragma unroll
             for (int h = 16; h > 0; h /= 2) {
@@ -788,32 +854,56 @@ struct Attend {
             }
             const float base = top == -INFINITY ? 0 : top;
             float total = 0;
-            constexpr int kOwn = D / 32;
-            float y[kOwn];
+            float4 y[kOwn < 4 ? 1 : kOwn / 4] = {};
+#pragma unroll 8
+            for (int i = part; i < n; i += kSplit) {
+                const float* const from = slot(i) + row * kStride;
+                const float2 state = __ldcg(reinterpret_cast<const float2*>(from + D));
+                const float factor = exp2_fast(state.x - base);
+                total = fmaf(state.y, factor, total);
 #pragma unroll
-            for (int e = 0; e < kOwn; ++e) {
-                y[e] = 0;
-            }
-#pragma unroll 4
-            for (int block = first; block <= last; ++block) {
-                const float* const from = slot(block) + row * kStride;
-                const float factor = exp2_fast(__ldcg(from + D) - base);
-                total += __ldcg(from + D + 1) * factor;
-#pragma unroll
-                for (int e = 0; e < kOwn; ++e) {
-                    y[e] = fmaf(__ldcg(from + e * 32 + lane), factor, y[e]);
+                for (int v = 0; v < (kOwn < 4 ? 1 : kOwn / 4); ++v) {
+                    const int at = (v * 32 + lane) * 4;
+                    if (at < D) {
+                        const float4 x = __ldcg(reinterpret_cast<const float4*>(from + at));
+                        y[v].x = fmaf(x.x, factor, y[v].x);
+                        y[v].y = fmaf(x.y, factor, y[v].y);
+                        y[v].z = fmaf(x.z, factor, y[v].z);
+                        y[v].w = fmaf(x.w, factor, y[v].w);
+                    }
                 }
             }
 #pragma unroll
-            for (int e = 0; e < kOwn; ++e) {
-                merged[row * D + e * 32 + lane] = y[e];
+            for (int v = 0; v < (kOwn < 4 ? 1 : kOwn / 4); ++v) {
+                const int at = (v * 32 + lane) * 4;
+                if (at < D) {
+                    *reinterpret_cast<float4*>(merge + job * D + at) = y[v];
+                }
             }
             if (lane == 0) {
-                block_state[row * 2] = top;
-                block_state[row * 2 + 1] = total;
+                split_state[job * 2] = top;
+                split_state[job * 2 + 1] = total;
             }
-            __syncwarp(); // write_out gives a row to the same warp
         }
+        __syncthreads();
+        for (int at = threadIdx.x; at < ROWS * D; at += WARPS * 32) {
+            float total = 0;
+#pragma unroll
+            for (int part = 0; part < kSplit; ++part) {
+                total += merge[part * ROWS * D + at];
+            }
+            merged[at] = total;
+        }
+        if (threadIdx.x < ROWS) {
+            float total = 0;
+#pragma unroll
+            for (int part = 0; part < kSplit; ++part) {
+                total += split_state[(part * ROWS + threadIdx.x) * 2 + 1];
+            }
+            block_state[threadIdx.x * 2] = split_state[threadIdx.x * 2];
+            block_state[threadIdx.x * 2 + 1] = total;
+        }
+        __syncthreads();
         write_out(c);
     }
 
@@ -821,30 +911,33 @@ struct Attend {
 
     __device__ __forceinline__ void run() {
         const int per_sequence = a.kv_heads * a.query_blocks;
+        if (lane == 0) {
+            for (int s = 0; s < a.stages; ++s) {
+                barrier_init(barriers + s);
+            }
+            barrier_fence();
+        }
+        __syncwarp();
+        wait_for_previous_kernel();
         // Chunks of all items, and where the range of this block begins. Every warp for itself: no barrier needed.
         Cursor c{};
-        int64_t total = 0;
+        int total = 0;
         for (int b0 = 0; b0 < a.batch; b0 += 32) {
             c.b = b0 + lane;
-            item_extent(a, c);
-            int n = c.b < a.batch ? c.n : 0;
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                n += __shfl_xor_sync(kAll, n, h);
-            }
-            total += n;
+            item_extent<kChunkTokens>(a, c);
+            total += static_cast<int>(__reduce_add_sync(kAll, c.b < a.batch ? c.n : 0));
         }
         total *= per_sequence;
-        const int per = static_cast<int>((total + gridDim.x - 1) / gridDim.x);
-        const int64_t begin = static_cast<int64_t>(blockIdx.x) * per;
-        const int64_t end = min(begin + per, total);
+        const int per = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+        const int begin = static_cast<int>(blockIdx.x) * per;
+        const int end = min(begin + per, total);
         if (begin >= end) {
             return; // the whole block
         }
-        int64_t before = 0; // chunks of the sequences before c.b
+        int before = 0; // chunks of the sequences before c.b
         for (int b0 = 0; b0 < a.batch; b0 += 32) {
             c.b = b0 + lane;
-            item_extent(a, c);
+            item_extent<kChunkTokens>(a, c);
             const int own = c.b < a.batch ? c.n : 0;
             int upto = own;
 #pragma unroll
@@ -861,99 +954,82 @@ struct Attend {
             }
             before += __shfl_sync(kAll, upto, 31);
         }
-        item_extent(a, c);
-        const int64_t into = begin - before * per_sequence;
-        c.hq = static_cast<int>(into / c.n);
-        c.index = static_cast<int>(into % c.n);
+        item_extent<kChunkTokens>(a, c);
+        const int into = begin - before * per_sequence;
+        c.hq = into / c.n;
+        c.index = into % c.n;
 
-        if (lane == 0) {
-            for (int s = 0; s < a.stages; ++s) {
-                barrier_init(barriers + s);
-            }
-            barrier_fence();
-        }
-        __syncwarp();
-
-        // This warp's chunks are begin + warp, + WARPS, ... The copies run `stages` ahead of the work, the look-up of
-        // pages one further.
-        Cursor ahead = c;
-        advance(a, ahead, warp);
-        int64_t next = begin + warp; // chunk that `ahead` stands at
-        int page = next < end ? find_page(ahead) : -1;
-        int stage_in = 0;
-        const auto start_next = [&] {
-            const Cursor at = ahead;
-            const int page_now = page;
-            next += WARPS;
-            advance(a, ahead, WARPS);
-            page = next < end ? find_page(ahead) : -1;
-            if (at.index < at.codes) {
-                start_copy(at, page_now, stage_in);
-                stage_in = stage_in + 1 == a.stages ? 0 : stage_in + 1;
-            }
-        };
-        int in_flight = 0; // chunks started and not consumed, exact ones included
-        for (; in_flight < a.stages && next < end; ++in_flight) {
-            start_next();
+        // This warp's chunks are begin + warp, + WARPS, ...
+        Ahead ahead{};
+        ahead.c = c;
+        ahead.next = begin;
+        ahead.end = end;
+        enter_item(ahead);
+        advance(ahead, warp);
+        RawQueries raw;
+        load_queries(c, raw);
+        for (int s = 0; s < a.stages && ahead.next < end; ++s) {
+            start_next(ahead);
         }
 
         int stage = 0;
         uint32_t parity = 0;
-        int64_t item_begin = begin - c.index;
-        for (int64_t at = begin; at < end;) { // items
-            const int64_t item_end = item_begin + c.n;
-            prepare_queries(c);
-            begin_item();
-            const int64_t stop = min(item_end, end);
-            // first chunk of this warp's at or after `at`
-            int64_t mine = at + (warp - (at - begin) % WARPS + WARPS) % WARPS;
+        int item_begin = begin - c.index;
+        for (int at = begin; at < end;) { // items
+            const int item_end = item_begin + c.n;
+            prepare_queries(c, raw);
+            begin_item(c);
+            const int stop = min(item_end, end);
             Cursor here = c;
-            for (; mine < stop; mine += WARPS) {
-                here.index = static_cast<int>(mine - item_begin);
+            // from this warp's first chunk at or after `at`
+            for (int mine = at + (warp + WARPS - (at - begin) % WARPS) % WARPS; mine < stop; mine += WARPS) {
+                here.index = mine - item_begin;
                 if (here.index < here.codes) {
                     barrier_wait(barriers + stage, parity);
-                    code_chunk(here, ring + stage * chunk_bytes);
-                    __syncwarp();
+                    code_chunk(here, ring + stage * chunk_bytes());
+                    __syncwarp(); // all lanes have read the stage that the next copy may take
                     if (++stage == a.stages) {
                         stage = 0;
                         parity ^= 1U;
                     }
-                } else if (here.codes < here.n && (a.sinks > 0 || a.ring > 0)) {
+                } else if (a.sinks > 0 || a.ring > 0) {
                     exact_chunk(here);
                 }
-                if (next < end) {
-                    start_next();
+                if (ahead.next < end) {
+                    start_next(ahead);
                 }
             }
-            merge_warps();
+            const Cursor done = c;
             const int item = c.b * per_sequence + c.hq;
-            if (item_begin >= begin && item_end <= end) {
-                write_out(c);
-            } else {
-                share_item(c, item, item_begin, item_end, per);
-            }
-            __syncthreads();
             at = stop;
-            item_begin = item_end;
             c.index = 0;
-            if (at < end && ++c.hq == per_sequence) {
-                c.hq = 0;
-                ++c.b;
-                item_extent(a, c);
+            if (at < end) {
+                if (++c.hq == per_sequence) {
+                    c.hq = 0;
+                    ++c.b;
+                    item_extent<kChunkTokens>(a, c);
+                }
+                load_queries(c, raw);
             }
+            merge_warps();
+            if (item_begin >= begin && item_end <= end) {
+                write_out(done);
+            } else {
+                share_item(done, item, item_begin, item_end, per);
+            }
+            if (at < end) {
+                __syncthreads();
+            }
+            item_begin = item_end;
         }
     }
 };
 
-template <int D, int KB, int VB, int ROWS, int WARPS>
+template <int D, int KB, int VB, int ROWS, int WARPS, int TILES>
 __global__ void __launch_bounds__(WARPS * 32, 1) attend_kernel(const __grid_constant__ AttendArgs args) {
     extern __shared__ __align__(128) uint8_t shared[];
-    Attend<D, KB, VB, ROWS, WARPS> attend(args, shared);
+    Attend<D, KB, VB, ROWS, WARPS, TILES> attend(args, shared);
     attend.run();
 }
-
-// Warps of a block: as many as leave room for a ring of three chunks each at 4 bits.
-template <int D>
-inline constexpr int kWarps = D <= 128 ? 8 : 4;
 
 } // namespace turboquant::cuda

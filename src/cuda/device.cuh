@@ -15,17 +15,18 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t s
     return r;
 }
 
-// d = a b + c; a: 16x32 s8 (rows), b: 32x8 s8 (columns).
-__device__ __forceinline__ void mma_s8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// d = a b + c; a: 16x32 s8 (rows), b: 32x8 s8 or u8 (columns).
+#define TQ_MMA(name, types)                                                                                            \
+    __device__ __forceinline__ void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],              \
+                                         const int32_t (&c)[4]) {                                                      \
+        asm("mma.sync.aligned.m16n8k32.row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"    \
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                           \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]),       \
+              "r"(c[3]));                                                                                              \
+    }
+TQ_MMA(mma_s8s8, "s32.s8.s8.s32")
+TQ_MMA(mma_s8u8, "s32.s8.u8.s32")
+#undef TQ_MMA
 
 // Transposes an 8x8 matrix of 16-bit elements: lane 4 g + t holds row g, columns 2t and 2t + 1.
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t a) {
@@ -42,6 +43,15 @@ __device__ __forceinline__ float exp2_fast(float x) { // 2 ulp; 0 for -infinity
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Launched with the attribute that lets it begin before the kernel in front of it has ended (Hopper): waits for that end.
+// What comes before this call must read nothing that other kernels write.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- one warp's copies into shared memory, counted by a barrier that the warp waits on ----------------------------
@@ -83,41 +93,38 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
     } while (done == 0);
 }
 
-// Announces `bytes` that lanes will copy; called by the whole warp, before copy_piece().
+// Announces `bytes` that lanes will copy; called by the whole warp. A copy may finish before: the count of bytes then is
+// negative for a while, and the barrier still waits for this arrival.
 __device__ __forceinline__ void copy_begin(uint64_t* barrier, uint32_t bytes, int lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                      : "memory");
     }
-    __syncwarp();
 #endif
 }
 
-// Piece `piece` of the announced bytes: contiguous, 16-byte aligned, a multiple of 16 bytes. `source` is valid in lane
-// `piece`. Called by the whole warp.
-__device__ __forceinline__ void copy_piece(uint64_t* barrier, void* target, const void* source, uint32_t bytes,
-                                           int piece, int lane) {
+// The announced bytes: pieces of `bytes` each (a multiple of 16, aligned to 16), one after the other in shared memory;
+// lane i < n holds the source of piece i. Called by the whole warp.
+__device__ __forceinline__ void copy_pieces(uint64_t* barrier, void* target, const void* source, uint32_t bytes, int n,
+                                            int lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (lane == piece) {
+    if (lane < n) {
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(target)),
+                         shared_address(target) + lane * bytes),
                      "l"(source), "r"(bytes), "r"(shared_address(barrier))
                      : "memory");
     }
 #else
-    const auto from = reinterpret_cast<const char*>(
-        __shfl_sync(0xffffffffU, reinterpret_cast<unsigned long long>(source), piece));
     const uint32_t to = shared_address(target);
-    for (uint32_t at = lane * 16; at < bytes; at += 32 * 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at) : "memory");
+    for (int piece = 0; piece < n; ++piece) {
+        const auto* const from = reinterpret_cast<const char*>(
+            __shfl_sync(0xffffffffU, reinterpret_cast<unsigned long long>(source), piece));
+        for (uint32_t at = lane * 16; at < bytes; at += 32 * 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + piece * bytes + at), "l"(from + at)
+                         : "memory");
+        }
     }
-#endif
-}
-
-// After the last piece; called by the whole warp.
-__device__ __forceinline__ void copy_end(uint64_t* barrier) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
