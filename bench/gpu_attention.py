@@ -55,6 +55,7 @@ class Graph:
     def __init__(self, calls):
         self.n = len(calls)
         self.calls = calls  # and with them every tensor that the graph reads
+        torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for call in calls:
@@ -163,6 +164,33 @@ def contestants(batch, context, args, l2, read):
                 print(f"{batch}x{context} flashinfer {name}: left out: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
+def encode_rates(args, l2):
+    """Quantise on write: one token a sequence, and prompts, beside a copy that moves as many bytes."""
+    rows = []
+    for tokens, name in ((1, "1 token"), (32, "32 sequences, 1 token"), (4096, "4096 tokens"), (65536, "65536 tokens")):
+        read = 2 * tokens * KV_HEADS * HEAD_SIZE * 2
+        n = max(1, min(32, math.ceil(4 * l2 / read)))
+        calls, copies_ = [], []
+        for _ in range(n):
+            pages = max(tokens * (64 // args.page_size if tokens == 32 else 1), args.page_size) // args.page_size + 32
+            cache = turboquant.PagedCache(pages, KV_HEADS, HEAD_SIZE, 4, 4, args.page_size)
+            k, v = torch.randn(2, tokens, KV_HEADS, HEAD_SIZE, device="cuda", dtype=torch.float16)
+            slots = torch.arange(tokens, device="cuda") * (args.page_size if tokens == 32 else 1)
+            calls.append(lambda cache=cache, k=k, v=v, slots=slots: cache.write(k, v, slots))
+            written = int(tokens * cache.bytes_per_token)
+            source = torch.empty((read + written) // 2, dtype=torch.uint8, device="cuda").random_()
+            target = torch.empty_like(source)
+            copies_.append(lambda source=source, target=target: target.copy_(source))
+        ours, copy = Graph(calls), Graph(copies_)
+        times = [(ours.time(), copy.time()) for _ in range(args.repeats)]
+        us, copy_us = (statistics.median(t) for t in zip(*times))
+        rows.append({"engine": "encode", "kv": "4/4", "tokens": tokens, "us": round(us, 2),
+                     "gb_per_s": round((read + written) / us / 1e3, 1), "copy_us": round(copy_us, 2)})
+        print(f"encode 4/4, {name:>22}: {us:8.2f} us, {rows[-1]['gb_per_s']:7.1f} GB/s read and written; a copy of as many "
+              f"bytes {copy_us:8.2f} us", flush=True)
+    return rows
+
+
 def check(args):
     """The outputs that are timed are attention over the decoded rows."""
     for kv in args.kv:
@@ -200,7 +228,7 @@ def main():
           f"CUDA {torch.version.cuda}; head size {HEAD_SIZE}, {HEADS}/{KV_HEADS} heads, page {args.page_size}, q_len 1")
     check(args)
     read = reader()
-    results = []
+    results = encode_rates(args, l2)
     for shape in args.shapes:
         batch, context = map(int, shape.split("x"))
         torch.cuda.empty_cache()

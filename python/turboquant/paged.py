@@ -4,6 +4,7 @@ import ctypes
 import math
 
 import torch
+import torch.nn.functional as F
 
 from . import _library
 
@@ -113,6 +114,58 @@ class PagedCache:
         w.exact_rows = None if exact_rows is None else exact_rows.data_ptr()
         with torch.cuda.device(self.device):
             _library.check(_library.load().tq_cuda_encode(self._struct, w, _stream()))
+
+    def slots_of(self, page_table, positions):
+        """Slots (int64) of positions [batch, n] of the sequences that page_table (int32 [batch, pages]) describes;
+        -1 where a position is negative."""
+        page = torch.gather(page_table.long(), 1, positions.clamp(min=0) // self.page_size)
+        return torch.where(positions >= 0, page * self.page_size + positions % self.page_size, -1)
+
+    def append(self, keys, values, page_table, lengths):
+        """Writes keys and values [batch, n, kv_heads, head_size] behind each sequence's lengths[b] tokens (int32
+        [batch], before the call), in the pages that page_table names. Adds n to lengths in place."""
+        _need(keys.dim() == 4, f"keys: shape {tuple(keys.shape)}, expected [batch, n, kv_heads, head_size]")
+        _need(values.shape == keys.shape, f"values: shape {tuple(values.shape)}, expected {tuple(keys.shape)}")
+        batch, n = keys.shape[:2]
+        _need(page_table.dim() == 2, f"page_table: shape {tuple(page_table.shape)}, expected [batch, pages]")
+        _index("page_table", page_table, torch.int32, (batch, page_table.shape[1]))
+        _index("lengths", lengths, torch.int32, (batch,))
+        positions = lengths.long()[:, None] + torch.arange(n, device=self.device)
+        slots = self.slots_of(page_table, positions).flatten()
+        exact = None
+        if self.exact is not None:
+            sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, n)
+            exact = self.exact_rows(sequence, positions, lengths.long()[:, None] + n).flatten().contiguous()
+        self.write(keys.flatten(0, 1), values.flatten(0, 1), slots.contiguous(), exact)
+        lengths += n
+
+    def prefill(self, q, page_table, lengths, *, scale=None):
+        """Causal attention of any number of queries q [batch, q_len, heads, head_size], the last q_len tokens of each
+        sequence (lengths: a list of ints), over the decoded codes: a sequence's rows are decoded into a workspace of
+        q's type and given to torch's fastest attention. Caches without exact rows only."""
+        _need(self.exact is None, "prefill: a cache with exact rows is not served; use attend, up to 16 queries at once")
+        _need(q.dim() == 4 and q.shape[3] == self.head_size,
+              f"q: shape {tuple(q.shape)}, expected [batch, q_len, heads, {self.head_size}]")
+        batch, q_len, heads, _ = q.shape
+        _need(len(lengths) == batch, f"lengths: {len(lengths)}, expected {batch}")
+        out = torch.empty_like(q)
+        for b, length in enumerate(lengths):
+            n = min(q_len, length)  # earlier queries see nothing: left padding
+            out[b, : q_len - n] = 0
+            if n == 0:
+                continue
+            positions = torch.arange(length, device=self.device)[None]
+            keys, values = self.read(self.slots_of(page_table[b:b + 1], positions)[0], dtype=q.dtype)
+            keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+            mask = None
+            if n < length:
+                mask = torch.arange(length, device=self.device) <= torch.arange(length - n, length,
+                                                                               device=self.device)[:, None]
+            attended = F.scaled_dot_product_attention(q[b:b + 1, q_len - n:].transpose(1, 2), keys, values,
+                                                      attn_mask=mask, is_causal=mask is None, scale=scale,
+                                                      enable_gqa=heads != self.kv_heads)
+            out[b, q_len - n:] = attended[0].transpose(0, 1)
+        return out
 
     def read(self, slots, dtype=torch.float32, rotated=False):
         """Decoded keys and values of slots (int64 [n]): two tensors [n, kv_heads, head_size]."""

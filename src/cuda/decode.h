@@ -10,7 +10,7 @@ namespace turboquant::cuda {
 
 inline constexpr int kExactChunkRows = 32;
 inline constexpr int kRowsPerTile = 4; // query rows that one n8 tile of the tensor core holds, in two halves of a byte
-inline constexpr int kMostStages = 8;
+inline constexpr int kMostStages = 2;
 
 struct AttendArgs {
     const uint8_t* pages;

@@ -1,10 +1,6 @@
 // The attention kernels for heads of 128 channels.
 #include "cuda/decode_kernel.cuh"
 
-#if defined(TQ_TUNE)
-#include <cstdlib>
-#endif
-
 namespace turboquant::cuda {
 
 namespace {
@@ -20,17 +16,7 @@ KernelChoice attend_kernel_128(int key_bits, int value_bits, int rows) {
     const int both = key_bits * 16 + value_bits;
     if (rows == 4) {
         switch (both) {
-        case 0x44:
-#if defined(TQ_TUNE)
-            switch (std::getenv("TQ_VARIANT") ? std::atoi(std::getenv("TQ_VARIANT")) : 0) {
-            case 1: return choice<4, 4, 4, 12, 4>();
-            case 2: return choice<4, 4, 4, 12, 2>();
-            case 3: return choice<4, 4, 4, 16, 2>();
-            case 4: return choice<4, 4, 4, 8, 2>();
-            default: break;
-            }
-#endif
-            return choice<4, 4, 4, 8, 4>();
+        case 0x44: return choice<4, 4, 4, 8, 4>();
         case 0x42: return choice<4, 2, 4, 8, 4>();
         case 0x33: return choice<3, 3, 4, 8, 4>();
         case 0x84: return choice<8, 4, 4, 8, 4>();

@@ -55,6 +55,7 @@ struct Fixed { // bytes of shared memory before the rings
     }
 };
 
+
 // Where a chunk lies: item (sequence, KV head, block of query rows) and chunk within it.
 struct Cursor {
     int b;
@@ -154,9 +155,11 @@ struct Attend {
 
     // Query row r of an item: query r / group, head of its group r % group.
     __device__ __forceinline__ int item_row(const Cursor& c, int row) const {
-        return c.hq % a.query_blocks * ROWS + row;
+        return a.query_blocks == 1 ? row : c.hq % a.query_blocks * ROWS + row;
     }
-    __device__ __forceinline__ int kv_head(const Cursor& c) const { return c.hq / a.query_blocks; }
+    __device__ __forceinline__ int kv_head(const Cursor& c) const {
+        return a.query_blocks == 1 ? c.hq : c.hq / a.query_blocks;
+    }
 
     // This warp's query rows of an item, as they are: loaded early, so that the look-up overlaps other work.
     static constexpr int kOwn = D / 32;                          // channels of a row in a lane
@@ -212,10 +215,12 @@ struct Attend {
             for (int e = 0; e < kOwn; ++e) {
                 top = fmaxf(top, fabsf(y[e]));
             }
+            top = __uint_as_float(__reduce_max_sync(kAll, __float_as_uint(top))); // not negative: ordered like its bits
+            if (a.mu != nullptr) {
 #pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
-                bias += __shfl_xor_sync(kAll, bias, h);
+                for (int h = 16; h > 0; h /= 2) {
+                    bias += __shfl_xor_sync(kAll, bias, h);
+                }
             }
             const float step = top / kMostQuery;
             const float inverse = top > 0 ? kMostQuery / top : 0;
@@ -236,10 +241,7 @@ struct Attend {
                 bytes[at + 4 * 8] = static_cast<uint8_t>(low);
                 rotated[row * D + channel] = y[e];
             }
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                total += __shfl_xor_sync(kAll, total, h);
-            }
+            total = __reduce_add_sync(kAll, total);
             if (lane == 0) {
                 float* const p = params + row * 8;
                 const float unit = step * a.scale_log2;
@@ -295,12 +297,14 @@ struct Attend {
 
     // ---- the ring ----
 
-    // The copies run ahead of the work: where they stand.
+    // The copies run ahead of the work: where they stand. Pages are looked up for as many of this warp's next chunks of
+    // the item as a warp has lanes, at once: one after the other they would wait behind everyone's copies.
     struct Ahead {
         Cursor c;
-        int next; // chunk of all that c stands at
-        int end;  // of the block's range
-        int page; // of c's chunk (lane i < n_pieces: of piece i); looked up one chunk before it is needed
+        int next;  // chunk of all that c stands at
+        int end;   // of the block's range
+        int pages; // lane: of piece lane % pieces of chunk lane / pieces from the first of the batch on
+        int used;  // chunks of the batch that lie behind
         int stage;
         const int32_t* table;     // c's row of the page table
         const uint8_t* head_base; // c's head in page 0
@@ -311,49 +315,61 @@ struct Attend {
         ahead.head_base = a.pages + static_cast<int64_t>(kv_head(ahead.c)) * (a.page_size / kTileTokens) * tile_bytes();
     }
 
-    __device__ __forceinline__ void advance(Ahead& ahead, int by) const {
-        ahead.next += by;
-        ahead.c.index += by;
-        if (ahead.c.index >= ahead.c.n) { // rarely: into a later item
-            while (ahead.c.index >= ahead.c.n && ahead.c.b < a.batch) {
-                ahead.c.index -= ahead.c.n;
-                if (++ahead.c.hq == a.kv_heads * a.query_blocks) {
-                    ahead.c.hq = 0;
-                    ++ahead.c.b;
-                    item_extent<kChunkTokens>(a, ahead.c);
-                }
-            }
-            enter_item(ahead);
-        }
-        look_up(ahead);
-    }
-
     // A chunk is one piece, or several pages' pieces: a page of 16 tokens is a fourth of a chunk of 64.
     __device__ __forceinline__ int piece_tokens() const { return min(a.page_size, kChunkTokens); }
 
     __device__ __forceinline__ void look_up(Ahead& ahead) const {
         const int pieces = kChunkTokens / piece_tokens();
-        const int token = (ahead.c.first + ahead.c.index) * kChunkTokens + lane % pieces * piece_tokens();
-        if (ahead.next < ahead.end && ahead.c.index < ahead.c.codes && token < ahead.c.length) {
-            ahead.page = ahead.table[token >> a.page_shift];
+        const int later = lane / pieces;
+        const int index = ahead.c.index + later * WARPS;
+        const int token = (ahead.c.first + index) * kChunkTokens + lane % pieces * piece_tokens();
+        if (ahead.next + later * WARPS < ahead.end && index < ahead.c.codes && token < ahead.c.length) {
+            ahead.pages = ahead.table[token >> a.page_shift];
         }
+        ahead.used = 0;
+    }
+
+    __device__ __forceinline__ void advance(Ahead& ahead) const {
+        ahead.next += WARPS;
+        ahead.c.index += WARPS;
+        ++ahead.used;
+        if (ahead.c.index >= ahead.c.n) { // rarely: into a later item
+            skip_items(ahead);
+            look_up(ahead);
+        } else if (ahead.used * (kChunkTokens / piece_tokens()) == 32) {
+            look_up(ahead);
+        }
+    }
+
+    __device__ __forceinline__ void skip_items(Ahead& ahead) const {
+        while (ahead.c.index >= ahead.c.n && ahead.c.b < a.batch) {
+            ahead.c.index -= ahead.c.n;
+            if (++ahead.c.hq == a.kv_heads * a.query_blocks) {
+                ahead.c.hq = 0;
+                ++ahead.c.b;
+                item_extent<kChunkTokens>(a, ahead.c);
+            }
+        }
+        enter_item(ahead);
     }
 
     // Starts the copy of the chunk that `ahead` stands at, if it is one of codes, and moves on.
     __device__ __forceinline__ void start_next(Ahead& ahead) const {
+        const int per_piece = piece_tokens();
+        const int of_chunk = kChunkTokens / per_piece;
+        const int page = __shfl_sync(kAll, ahead.pages, ahead.used * of_chunk + lane % of_chunk);
         if (ahead.c.index < ahead.c.codes) {
             const int token = (ahead.c.first + ahead.c.index) * kChunkTokens;
-            const int per_piece = piece_tokens();
             const int pieces = min(kChunkTokens, ahead.c.length - token + per_piece - 1) / per_piece;
             const int piece_bytes = per_piece / kTileTokens * tile_bytes();
-            const uint8_t* const source = ahead.head_base + static_cast<int64_t>(ahead.page) * a.page_bytes +
+            const uint8_t* const source = ahead.head_base + static_cast<int64_t>(page) * a.page_bytes +
                                           (token & (a.page_size - 1)) / kTileTokens * tile_bytes();
             uint64_t* const barrier = barriers + ahead.stage;
             copy_begin(barrier, pieces * piece_bytes, lane);
             copy_pieces(barrier, ring + ahead.stage * chunk_bytes(), source, piece_bytes, pieces, lane);
             ahead.stage = ahead.stage + 1 == a.stages ? 0 : ahead.stage + 1;
         }
-        advance(ahead, WARPS);
+        advance(ahead);
     }
 
     // ---- a chunk of codes ----
@@ -589,323 +605,12 @@ struct Attend {
         }
     }
 
-    // ---- a chunk of exact rows ----
+    // ---- in files of their own ----
 
-    // Sinks first, then the window's rows. fp16 in the rotated basis, one row a lane for scores.
-    __device__ __forceinline__ void exact_chunk(const Cursor& c) {
-        const int first_end = a.causal != 0 ? c.length - a.q_len + 1 : c.length;
-        const int n_sinks = min(a.sinks, c.length);
-        const int window_begin = max(a.window > 0 ? max(first_end - a.window, 0) : c.length, a.sinks);
-        const int base = (c.index - c.codes) * kExactChunkRows;
-        const int total = n_sinks + max(c.length - window_begin, 0);
-        const int mine = base + lane;
-        const int position = mine < n_sinks ? mine : window_begin + mine - n_sinks;
-        const bool there = mine < total;
-        const int64_t per_slot = a.sinks + a.ring;
-        const auto row_of = [&](int p) {
-            const int entry = p < a.sinks ? p : a.sinks + (p - a.sinks) % max(a.ring, 1);
-            return ((static_cast<int64_t>(a.sequence_slots[c.b]) * per_slot + entry) * a.kv_heads + kv_head(c)) * D;
-        };
-        const int64_t own = there ? row_of(position) : 0;
-        float dot[ROWS];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            dot[r] = 0;
-        }
-        if (there) {
-            const auto* const key = reinterpret_cast<const uint4*>(a.exact_keys + own);
-            for (int e = 0; e < D / 8; ++e) {
-                const uint4 eight = key[e];
-                const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float2 k = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) {
-                        const float2 q = *reinterpret_cast<const float2*>(rotated + r * D + e * 8 + i * 2);
-                        dot[r] = fmaf(q.x, k.x, fmaf(q.y, k.y, dot[r]));
-                    }
-                }
-            }
-        }
-        float row_top[ROWS];
-        float row_sum[ROWS];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const float* const p = params + r * 8;
-            float score = fmaf(dot[r], a.scale_log2, p[2]);
-            if (a.softcap_log2 > 0) {
-                score = cap(score);
-            }
-            const int end = min(__float_as_int(p[4]), c.length);
-            const bool seen = there && position < end && position >= __float_as_int(p[3]) &&
-                              (position < a.sinks || (a.window > 0 && position >= end - a.window));
-            score = seen ? score : -INFINITY;
-            float top = score;
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
-            }
-            const float probability = exp2_fast(score - (top == -INFINITY ? 0 : top));
-            float total_p = probability;
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                total_p += __shfl_xor_sync(kAll, total_p, h);
-            }
-            exact_p[r * 32 + lane] = probability;
-            row_top[r] = top;
-            row_sum[r] = total_p;
-        }
-        __syncwarp();
-        float fresh[kNT];
-#pragma unroll
-        for (int nt = 0; nt < kNT; ++nt) {
-            float top = row_top[nt * 4];
-            float total_p = row_sum[nt * 4];
-#pragma unroll
-            for (int r = 1; r < 4; ++r) {
-                top = t == r ? row_top[nt * 4 + r] : top;
-                total_p = t == r ? row_sum[nt * 4 + r] : total_p;
-            }
-            const float now = fmaxf(largest[nt], top);
-            const float base_now = now == -INFINITY ? 0 : now;
-            const float keep = exp2_fast(largest[nt] - base_now);
-            fresh[nt] = exp2_fast(top - base_now);
-            largest[nt] = now;
-            // The sum is spread over the lanes of a row; one of them takes this chunk's.
-            sum[nt] = fmaf(sum[nt], keep, g == 0 ? total_p * fresh[nt] : 0.0F);
-            correction[nt] *= keep;
-#pragma unroll
-            for (int m = 0; m < kOutTiles; ++m) {
-                out[nt][m][0] *= keep;
-                out[nt][m][1] *= keep;
-            }
-        }
-        for (int j = 0; j < min(total - base, kExactChunkRows); ++j) {
-            const int64_t row = __shfl_sync(kAll, own, j);
-            float p[kNT];
-#pragma unroll
-            for (int nt = 0; nt < kNT; ++nt) {
-                p[nt] = exact_p[(nt * 4 + t) * 32 + j] * fresh[nt];
-            }
-            const __half* const value = reinterpret_cast<const __half*>(a.exact_values + row);
-#pragma unroll
-            for (int m = 0; m < kOutTiles; ++m) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const float v = __half2float(value[m * 16 + i * 8 + g]);
-#pragma unroll
-                    for (int nt = 0; nt < kNT; ++nt) {
-                        out[nt][m][i] = fmaf(p[nt], v, out[nt][m][i]);
-                    }
-                }
-            }
-        }
-        __syncwarp();
-    }
-
-    // ---- merging ----
-
-    // The warps' states into merged[] (not divided by the sum) and block_state[]. The whole block; ends in a barrier. The
-    // merge buffer is free after the first barrier: until then it may hold exact rows' probabilities.
-    __device__ __forceinline__ void merge_warps() {
-#pragma unroll
-        for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-            for (int h = 4; h < 32; h *= 2) {
-                sum[nt] += __shfl_xor_sync(kAll, sum[nt], h);
-                correction[nt] += __shfl_xor_sync(kAll, correction[nt], h);
-            }
-            if (g == 0) {
-                float* const s = warp_state + (warp * ROWS + nt * 4 + t) * 2;
-                s[0] = largest[nt];
-                s[1] = sum[nt];
-            }
-        }
-        __syncthreads();
-        float factor[kNT];
-#pragma unroll
-        for (int nt = 0; nt < kNT; ++nt) {
-            const int row = nt * 4 + t;
-            float top = -INFINITY;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                top = fmaxf(top, warp_state[(w * ROWS + row) * 2]);
-            }
-            const float base = top == -INFINITY ? 0 : top;
-            factor[nt] = exp2_fast(largest[nt] - base);
-            if (warp == 0 && g == 0) {
-                float total = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    total += warp_state[(w * ROWS + row) * 2 + 1] * exp2_fast(warp_state[(w * ROWS + row) * 2] - base);
-                }
-                block_state[row * 2] = top;
-                block_state[row * 2 + 1] = total;
-            }
-        }
-        constexpr int kRoundTiles = F::merge_tiles(WARPS);
-        constexpr int kRoundChannels = kRoundTiles * 16;
-        constexpr int kStride = F::merge_stride(WARPS);
-#pragma unroll
-        for (int round = 0; round < kOutTiles / kRoundTiles; ++round) {
-#pragma unroll
-            for (int nt = 0; nt < kNT; ++nt) {
-#pragma unroll
-                for (int m = 0; m < kRoundTiles; ++m) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        merge[(warp * ROWS + nt * 4 + t) * kStride + m * 16 + i * 8 + g] =
-                            (out[nt][round * kRoundTiles + m][i] + correction[nt]) * factor[nt];
-                    }
-                }
-            }
-            __syncthreads();
-            for (int at = threadIdx.x; at < ROWS * kRoundChannels; at += WARPS * 32) {
-                const int row = at / kRoundChannels;
-                const int channel = at % kRoundChannels;
-                float total = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    total += merge[(w * ROWS + row) * kStride + channel];
-                }
-                merged[row * D + round * kRoundChannels + channel] = total;
-            }
-            __syncthreads();
-        }
-    }
-
-    // merged[] and block_state[] are complete: rotate back, divide, write. The whole block.
-    __device__ __forceinline__ void write_out(const Cursor& c) {
-        for (int row = warp; row < ROWS; row += WARPS) {
-            const int r = item_row(c, row);
-            if (r >= a.group * a.q_len) {
-                continue;
-            }
-            const int head = kv_head(c) * a.group + r % a.group;
-            const float top = block_state[row * 2];
-            float total = block_state[row * 2 + 1];
-            if (a.sink_logits != nullptr && total > 0) {
-                total += exp2f(a.sink_logits[head] * 1.4426950408889634F - top);
-            }
-            const float inverse = total > 0 ? 1.0F / total : 0;
-            float y[kOwn];
-#pragma unroll
-            for (int e = 0; e < kOwn; ++e) {
-                y[e] = merged[row * D + lane * kOwn + e] * inverse;
-            }
-            hadamard_warp<D>(y, lane);
-            const int64_t at = c.b * a.out_batch + r / a.group * a.out_query + head * a.out_head;
-#pragma unroll
-            for (int e = 0; e < kOwn; ++e) {
-                const int channel = lane * kOwn + e;
-                store_element(a.out, at + channel, a.type, y[e] * rotation_sign(e));
-            }
-        }
-    }
-
-    // This block's share of an item that other blocks share too; the last one to come merges all. The whole block.
-    // The item's chunks are [item_begin, item_end) of all; a block has `per` chunks.
-    __device__ __forceinline__ void share_item(const Cursor& c, int item, int item_begin, int item_end, int per) {
-        constexpr int kStride = D + 4; // a row: channels, (max, sum), padding
-        const int first = item_begin / per;
-        const int n = (item_end - 1) / per - first + 1;
-        const auto slot = [&](int i) { // an item that began before the block has its first slot
-            const int block = first + i;
-            return a.partial + (2 * block + (item_begin < block * per ? 0 : 1)) * static_cast<int64_t>(ROWS * kStride);
-        };
-        float* const own = slot(blockIdx.x - first);
-        for (int at = threadIdx.x; at < ROWS * D / 4; at += WARPS * 32) {
-            *reinterpret_cast<float4*>(own + at / (D / 4) * kStride + at % (D / 4) * 4) =
-                reinterpret_cast<const float4*>(merged)[at];
-        }
-        if (threadIdx.x < ROWS) {
-            *reinterpret_cast<float2*>(own + threadIdx.x * kStride + D) =
-                reinterpret_cast<const float2*>(block_state)[threadIdx.x];
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence(); // with the barriers on both sides: all writes before, all reads after
-            const int before = atomicAdd(a.counters + item, 1);
-            __threadfence();
-            *flag = before;
-        }
-        __syncthreads();
-        if (*flag != n - 1) {
-            return;
-        }
-        if (threadIdx.x == 0) {
-            a.counters[item] = 0; // for the next call
-        }
-        // A warp takes a row and every kSplit-th block; the sums of a row meet in the merge buffer.
-        constexpr int kSplit = WARPS / ROWS > 0 ? WARPS / ROWS : 1;
-        static_assert(kSplit * ROWS * D * 4 + kSplit * ROWS * 8 <= F::merge_bytes(WARPS));
-        float* const split_state = merge + kSplit * ROWS * D;
-        for (int job = warp; job < kSplit * ROWS; job += WARPS) {
-            const int row = job % ROWS;
-            const int part = job / ROWS;
-            float top = -INFINITY;
-            for (int i = lane; i < n; i += 32) {
-                top = fmaxf(top, __ldcg(slot(i) + row * kStride + D));
-            }
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) {
-                top = fmaxf(top, __shfl_xor_sync(kAll, top, h));
-            }
-            const float base = top == -INFINITY ? 0 : top;
-            float total = 0;
-            float4 y[kOwn < 4 ? 1 : kOwn / 4] = {};
-#pragma unroll 8
-            for (int i = part; i < n; i += kSplit) {
-                const float* const from = slot(i) + row * kStride;
-                const float2 state = __ldcg(reinterpret_cast<const float2*>(from + D));
-                const float factor = exp2_fast(state.x - base);
-                total = fmaf(state.y, factor, total);
-#pragma unroll
-                for (int v = 0; v < (kOwn < 4 ? 1 : kOwn / 4); ++v) {
-                    const int at = (v * 32 + lane) * 4;
-                    if (at < D) {
-                        const float4 x = __ldcg(reinterpret_cast<const float4*>(from + at));
-                        y[v].x = fmaf(x.x, factor, y[v].x);
-                        y[v].y = fmaf(x.y, factor, y[v].y);
-                        y[v].z = fmaf(x.z, factor, y[v].z);
-                        y[v].w = fmaf(x.w, factor, y[v].w);
-                    }
-                }
-            }
-#pragma unroll
-            for (int v = 0; v < (kOwn < 4 ? 1 : kOwn / 4); ++v) {
-                const int at = (v * 32 + lane) * 4;
-                if (at < D) {
-                    *reinterpret_cast<float4*>(merge + job * D + at) = y[v];
-                }
-            }
-            if (lane == 0) {
-                split_state[job * 2] = top;
-                split_state[job * 2 + 1] = total;
-            }
-        }
-        __syncthreads();
-        for (int at = threadIdx.x; at < ROWS * D; at += WARPS * 32) {
-            float total = 0;
-#pragma unroll
-            for (int part = 0; part < kSplit; ++part) {
-                total += merge[part * ROWS * D + at];
-            }
-            merged[at] = total;
-        }
-        if (threadIdx.x < ROWS) {
-            float total = 0;
-#pragma unroll
-            for (int part = 0; part < kSplit; ++part) {
-                total += split_state[(part * ROWS + threadIdx.x) * 2 + 1];
-            }
-            block_state[threadIdx.x * 2] = split_state[threadIdx.x * 2];
-            block_state[threadIdx.x * 2 + 1] = total;
-        }
-        __syncthreads();
-        write_out(c);
-    }
+    __device__ __forceinline__ void exact_chunk(const Cursor& c); // decode_exact.cuh
+    __device__ __forceinline__ void merge_warps();                // decode_merge.cuh, all three
+    __device__ __forceinline__ void write_out(const Cursor& c);
+    __device__ __forceinline__ void share_item(const Cursor& c, int item, int item_begin, int item_end, int per);
 
     // ---- the block's range ----
 
@@ -922,13 +627,24 @@ struct Attend {
         // Chunks of all items, and where the range of this block begins. Every warp for itself: no barrier needed.
         Cursor c{};
         int total = 0;
+        int shortest = 0x7fffffff;
+        int longest = 0;
         for (int b0 = 0; b0 < a.batch; b0 += 32) {
             c.b = b0 + lane;
             item_extent<kChunkTokens>(a, c);
-            total += static_cast<int>(__reduce_add_sync(kAll, c.b < a.batch ? c.n : 0));
+            const bool there = c.b < a.batch;
+            total += __reduce_add_sync(kAll, there ? c.n : 0);
+            shortest = min(shortest, __reduce_min_sync(kAll, there ? c.n : 0x7fffffff));
+            longest = max(longest, __reduce_max_sync(kAll, there ? c.n : 0));
         }
         total *= per_sequence;
-        const int per = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+        int per = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+        if (shortest == longest) {
+            // Equal items: a block's range had better not begin or end within one. Worth a range 1/8 longer.
+            const int whole = per <= longest ? (longest + longest / per - 1) / (longest / per)
+                                             : (per + longest - 1) / longest * longest;
+            per = whole - per <= per / 8 ? whole : per;
+        }
         const int begin = static_cast<int>(blockIdx.x) * per;
         const int end = min(begin + per, total);
         if (begin >= end) {
@@ -936,8 +652,10 @@ struct Attend {
         }
         int before = 0; // chunks of the sequences before c.b
         for (int b0 = 0; b0 < a.batch; b0 += 32) {
-            c.b = b0 + lane;
-            item_extent<kChunkTokens>(a, c);
+            if (a.batch > 32) { // else every lane still has its sequence
+                c.b = b0 + lane;
+                item_extent<kChunkTokens>(a, c);
+            }
             const int own = c.b < a.batch ? c.n : 0;
             int upto = own;
 #pragma unroll
@@ -950,28 +668,31 @@ struct Attend {
                 const int at = __ffs(past) - 1;
                 before += __shfl_sync(kAll, upto - own, at);
                 c.b = b0 + at;
+                c.n = __shfl_sync(kAll, c.n, at);
+                c.codes = __shfl_sync(kAll, c.codes, at);
+                c.first = __shfl_sync(kAll, c.first, at);
+                c.length = __shfl_sync(kAll, c.length, at);
                 break;
             }
             before += __shfl_sync(kAll, upto, 31);
         }
-        item_extent<kChunkTokens>(a, c);
         const int into = begin - before * per_sequence;
         c.hq = into / c.n;
-        c.index = into % c.n;
+        c.index = into - c.hq * c.n;
 
         // This warp's chunks are begin + warp, + WARPS, ...
         Ahead ahead{};
         ahead.c = c;
-        ahead.next = begin;
+        ahead.c.index += warp;
+        ahead.next = begin + warp;
         ahead.end = end;
-        enter_item(ahead);
-        advance(ahead, warp);
+        skip_items(ahead);
+        look_up(ahead);
         RawQueries raw;
-        load_queries(c, raw);
+        load_queries(c, raw); // before the flood of copies
         for (int s = 0; s < a.stages && ahead.next < end; ++s) {
             start_next(ahead);
         }
-
         int stage = 0;
         uint32_t parity = 0;
         int item_begin = begin - c.index;
@@ -1024,6 +745,13 @@ struct Attend {
         }
     }
 };
+
+} // namespace turboquant::cuda
+
+#include "cuda/decode_exact.cuh"
+#include "cuda/decode_merge.cuh"
+
+namespace turboquant::cuda {
 
 template <int D, int KB, int VB, int ROWS, int WARPS, int TILES>
 __global__ void __launch_bounds__(WARPS * 32, 1) attend_kernel(const __grid_constant__ AttendArgs args) {

@@ -29,6 +29,7 @@ LaunchShape launch_shape(int head_size, int key_bits, int value_bits, int query_
         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
         most = 0;
     }
+    // More than two would only make every block's first copies queue behind everyone's (measured: docs/cuda.md).
     shape.stages = std::min(kMostStages, (most - choice.fixed_bytes) / ring);
     shape.shared_bytes = choice.fixed_bytes + std::max(shape.stages, 0) * ring;
     shape.blocks_per_sm = 1;
