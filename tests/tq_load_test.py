@@ -217,33 +217,35 @@ class Restart(Case):
 class BenchServe(Case):
     FLAGS = ["bench", "serve", "--rounds", 1, "--threads", 2]
 
-    def test_every_test(self):
-        done = self.succeeds(*self.FLAGS, "--clients", "1,3", "--requests", 1, "--prompt-tokens", 24, "--answer-tokens", 8,
-                             "--prefix-tokens", 384, "--long-tokens", 512, "--memory", 60, "--check", 2, "-o", "json")
+    def test_load_prefix_and_stall(self):
+        done = self.succeeds(*self.FLAGS, "--kv", "tq4", "--tests", "throughput,prefix,stall", "--clients", "1,3", "--requests", 1,
+                             "--prompt-tokens", 24, "--answer-tokens", 8, "--prefix-tokens", 384, "--long-tokens", 512, "-o", "json")
         rows = json.loads(done.out)
-        by_test = {}
-        for row in rows:
-            by_test.setdefault(row["test"], []).append(row)
-            self.assertEqual(row["engine"], "tq serve")
-        self.assertEqual({test: len(found) for test, found in by_test.items()},
-                         {"throughput": 4, "prefix": 2, "stall": 2, "memory": 2})
-        for row in by_test["throughput"]:
+        self.assertEqual([(row["test"], row["engine"], row["kv"]) for row in rows],
+                         [(test, "tq serve", "tq4") for test in ("throughput", "throughput", "prefix", "stall")])
+        one, three, prefix, stall = rows
+        self.assertEqual((one["clients"], three["clients"]), (1, 3))
+        for row in (one, three):
             self.assertGreater(row["tok_s"], 0)
             self.assertLessEqual(row["first_token_p50_ms"], row["first_token_max_ms"])
             self.assertLessEqual(row["between_tokens_p95_ms"], row["between_tokens_p99_ms"])
             self.assertAlmostEqual(row["prompt_tokens"], 24, delta=12)
-        for row in by_test["prefix"]:
-            self.assertGreater(row["cached_tokens"], 350)
-            self.assertAlmostEqual(row["prompt_tokens"], 384, delta=40)
-            self.assertLess(row["cached_ms"], row["uncached_ms"])
-        for row in by_test["stall"]:
-            self.assertGreaterEqual(row["stall_ms"], row["between_tokens_p50_ms"])
-            self.assertGreater(row["read_ms"], row["stall_ms"])
-        f16, tq4 = by_test["memory"]
+            self.assertLessEqual(row["answer_tokens"], 8)
+        self.assertAlmostEqual(three["x_of_one"], three["tok_s"] / one["tok_s"], places=3)
+        self.assertGreater(prefix["cached_tokens"], 300)
+        self.assertAlmostEqual(prefix["prompt_tokens"], 384, delta=40)
+        self.assertLess(prefix["cached_ms"], prefix["uncached_ms"])
+        self.assertGreaterEqual(stall["stall_ms"], stall["between_tokens_p50_ms"])
+        self.assertGreater(stall["read_ms"], stall["stall_ms"])
+
+    def test_memory(self):
+        rows = json.loads(self.succeeds(*self.FLAGS, "--tests", "memory", "--long-tokens", 512, "--memory", 60, "--check", 2, "-o",
+                                        "json").out)
+        f16, tq4 = rows
         self.assertEqual((f16["kv"], tq4["kv"]), ("f16", "tq4"))
         self.assertEqual(f16["conversations"], 60 * 1024 * 1024 // (512 * 30 * 2 * 3 * 64 * 2))
         self.assertGreater(tq4["conversations"], 2.5 * f16["conversations"])
-        for row in by_test["memory"]:
+        for row in rows:
             self.assertLessEqual(row["kv_bytes"], row["memory_bytes"])
             self.assertEqual((row["checked"], row["held"]), (2, 2))
 

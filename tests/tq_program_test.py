@@ -414,14 +414,14 @@ class Save(Case):
 class Session(Case):
     """tq chat --session FILE."""
 
-    FLAGS = ["chat", *LIKELIEST, "--ctx", 512, "-n", 12, "--json"]
+    FLAGS = ["chat", *LIKELIEST, "--json", "--ctx", 2048]
     QUESTION = "The password is swordfish. Remember it."
 
     def setUp(self):
         self.path = os.path.join(WORK, self.id().rsplit(".", 1)[-1] + ".tqs")
 
     def chat(self, lines, *arguments, status=0):
-        done = tq(*self.FLAGS, "--session", self.path, *arguments, stdin="\n".join(lines).encode())
+        done = tq(*self.FLAGS, "-n", 12, "--session", self.path, *arguments, stdin="\n".join(lines).encode())
         self.assertEqual(done.returncode, status, done.err)
         return [json.loads(line) for line in done.out.splitlines()], done.err
 
@@ -435,7 +435,7 @@ class Session(Case):
         return process
 
     def test_goes_on_where_it_was_left(self):
-        done = tq(*self.FLAGS, stdin=f"{self.QUESTION}\nWhat is the password?".encode())
+        done = tq(*self.FLAGS, "-n", 12, stdin=f"{self.QUESTION}\nWhat is the password?".encode())
         straight = json.loads(done.out.splitlines()[1])
         _, err = self.chat([self.QUESTION])
         self.assertIn(f"saved to {self.path}", err)
@@ -456,7 +456,7 @@ class Session(Case):
         self.assertEqual(os.stat(self.path).st_mtime_ns, before.st_mtime_ns)
 
     def test_sigterm_while_waiting_saves(self):
-        process = self.start()
+        process = self.start("-n", 12)
         process.stdin.write(self.QUESTION.encode() + b"\n")
         process.stdin.flush()
         self.assertIn(b"answer", process.stdout.readline())
@@ -467,7 +467,7 @@ class Session(Case):
         self.assertIn("nothing has to be read again", err)
 
     def test_sigterm_while_answering_saves_what_there_is(self):
-        process = self.start("-n", -1, "--ctx", 2048)
+        process = self.start("-n", -1)
         process.stdin.write(b"Count from one to five hundred in words, one a line.\n")
         process.stdin.flush()
         time.sleep(4)
@@ -476,7 +476,7 @@ class Session(Case):
         head, tokens, _ = session_file(self.path)
         messages = json.loads(head["note"])["messages"]
         self.assertEqual(messages[-1]["role"], "assistant", "answered before it could be interrupted" if tokens > 2000 else "")
-        _, err = self.chat(["Go on."], "--ctx", 2048)
+        _, err = self.chat(["Go on."])
         self.assertIn("nothing has to be read again", err)
 
     def test_what_is_no_session_stays_as_it_is(self):
@@ -514,7 +514,7 @@ class Session(Case):
 
     def test_is_a_third_of_f16(self):
         text = " ".join(f"Item {i} is a {word}." for i, word in enumerate(["lamp", "boat", "stone", "letter", "coat"] * 32))
-        self.chat([text], "--ctx", 2048)
+        self.chat([text])
         _, tokens, _ = session_file(self.path)
         self.assertGreater(tokens, 900)
         f16 = tokens * 30 * 2 * 3 * 64 * 2  # layers, keys and values, heads, channels, bytes

@@ -60,7 +60,8 @@ private:
             answer_.error = text.substr(0, 300);
             return;
         }
-        if (const auto choices = event.find("choices"); choices != event.end() && choices->is_array() && !choices->empty()) {
+        if (const auto choices = event.find("choices");
+            choices != event.end() && choices->is_array() && !choices->empty()) {
             const json& choice = choices->front();
             const std::string piece = choice.value("text", std::string());
             if (!piece.empty()) {
@@ -77,7 +78,8 @@ private:
         if (const auto usage = event.find("usage"); usage != event.end() && usage->is_object()) {
             answer_.prompt_tokens = usage->value("prompt_tokens", int64_t{0});
             answer_.answer_tokens = usage->value("completion_tokens", int64_t{0});
-            if (const auto details = usage->find("prompt_tokens_details"); details != usage->end() && details->is_object()) {
+            if (const auto details = usage->find("prompt_tokens_details");
+                details != usage->end() && details->is_object()) {
                 answer_.cached_tokens = details->value("cached_tokens", int64_t{-1});
             }
         }
@@ -134,7 +136,8 @@ StreamedAnswer complete(const Endpoint& endpoint, const std::string& prompt, int
     if (!sent) {
         answer.error = fmt::format("{}: {}", endpoint.url, httplib::to_string(error));
     } else if (response.status != 200) {
-        answer.error = fmt::format("{}: status {}: {}", endpoint.url, response.status, (events.rest() + response.body).substr(0, 300));
+        answer.error = fmt::format("{}: status {}: {}", endpoint.url, response.status,
+                                   (events.rest() + response.body).substr(0, 300));
     } else if (answer.error.empty() && !events.done()) {
         answer.error = fmt::format("{}: the stream ended before its end", endpoint.url);
     }
@@ -158,11 +161,13 @@ int health(const Endpoint& endpoint) {
 
 std::string words_of(uint64_t seed, int64_t words) {
     static constexpr std::array<const char*, 64> kWords = {
-        "time",  "year",   "people", "way",   "day",    "man",   "thing", "woman", "life",  "child", "world", "school", "state",
-        "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
-        "program", "question", "work", "government", "number", "night", "point", "home", "water", "room", "mother", "area",
-        "money", "story", "fact", "month", "lot", "right", "study", "book", "eye", "job", "word", "business", "issue", "side",
-        "kind", "head", "house", "service", "friend", "father", "power", "hour", "game", "line", "end", "member", "law"};
+        "time",  "year",   "people", "way",     "day",     "man",     "thing",    "woman",   "life",       "child",
+        "world", "school", "state",  "family",  "student", "group",   "country",  "problem", "hand",       "part",
+        "place", "case",   "week",   "company", "system",  "program", "question", "work",    "government", "number",
+        "night", "point",  "home",   "water",   "room",    "mother",  "area",     "money",   "story",      "fact",
+        "month", "lot",    "right",  "study",   "book",    "eye",     "job",      "word",    "business",   "issue",
+        "side",  "kind",   "head",   "house",   "service", "friend",  "father",   "power",   "hour",       "game",
+        "line",  "end",    "member", "law"};
     std::mt19937_64 random(seed);
     std::string text = fmt::format("{}", seed); // first of all, so that no two prompts begin alike
     for (int64_t i = 1; i < words; ++i) {

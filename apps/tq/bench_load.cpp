@@ -49,9 +49,10 @@ PromptMaker::PromptMaker(const Endpoint& endpoint) {
     require(many);
     tokens_a_word_ = static_cast<double>(many.prompt_tokens - few.prompt_tokens) / (kMany - kFew);
     if (tokens_a_word_ <= 0.2) {
-        throw llm::Error(fmt::format("{}: says that 50 words are {} tokens and 250 words {}; cannot make prompts of a given "
-                                     "length",
-                                     endpoint.url, few.prompt_tokens, many.prompt_tokens));
+        throw llm::Error(
+            fmt::format("{}: says that 50 words are {} tokens and 250 words {}; cannot make prompts of a given "
+                        "length",
+                        endpoint.url, few.prompt_tokens, many.prompt_tokens));
     }
 }
 

@@ -43,9 +43,9 @@ struct PrefixResult {
 PrefixResult run_prefix(const Endpoint& endpoint, PromptMaker& prompts, int64_t tokens);
 
 struct StallResult {
-    double read_ms = 0;            // the long prompt, to its first token
-    double stall_ms = 0;           // longest time that one of the streams got nothing meanwhile
-    double usual_ms = 0;           // median between tokens before
+    double read_ms = 0;             // the long prompt, to its first token
+    double stall_ms = 0;            // longest time that one of the streams got nothing meanwhile
+    double usual_ms = 0;            // median between tokens before
     std::vector<double> between_ms; // all of them meanwhile
     int64_t prompt_tokens = 0;
 };

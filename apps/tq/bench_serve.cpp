@@ -58,7 +58,8 @@ double median(const std::vector<double>& values) {
 }
 
 // "p50", "p95", "p99", "max" of milliseconds, as keys and as cells.
-void add_percentiles(Json& row, std::vector<std::string>& cells, const std::string& name, const std::vector<double>& values) {
+void add_percentiles(Json& row, std::vector<std::string>& cells, const std::string& name,
+                     const std::vector<double>& values) {
     for (const auto& [label, q] : {std::pair{"p50", 0.5}, {"p95", 0.95}, {"p99", 0.99}, {"max", 1.0}}) {
         const double value = values.empty() ? 0 : llm::quantile(values, q);
         row[fmt::format("{}_{}_ms", name, label)] = value;
@@ -211,6 +212,7 @@ private:
             std::vector<double> speeds;
             std::vector<double> first;
             std::vector<double> between;
+            int64_t answer_tokens = 0;
         };
         std::vector<std::vector<Figures>> figures(contestants_.size(), std::vector<Figures>(clients_.size()));
         int64_t prompt_tokens = 0;
@@ -223,11 +225,12 @@ private:
                 of.speeds.push_back(load.answer_speed());
                 of.first.insert(of.first.end(), load.first_token_ms.begin(), load.first_token_ms.end());
                 of.between.insert(of.between.end(), load.between_tokens_ms.begin(), load.between_tokens_ms.end());
+                of.answer_tokens += load.answer_tokens;
                 prompt_tokens = load.prompt_tokens / (clients_[c] * flags_.requests);
             }
         });
-        Table table = {{"engine", "cache", "clients", "tok/s", "x of one", "first token ms: p50", "p95", "p99", "max",
-                        "between tokens ms: p50", "p95", "p99", "max"}};
+        Table table = {{"engine", "cache", "clients", "tokens an answer", "tok/s", "x of one", "first token ms: p50",
+                        "p95", "p99", "max", "between tokens ms: p50", "p95", "p99", "max"}};
         for (size_t i = 0; i < contestants_.size(); ++i) {
             const double alone = clients_.front() == 1 ? median(figures[i].front().speeds) : 0;
             for (size_t c = 0; c < clients_.size(); ++c) {
@@ -236,11 +239,16 @@ private:
                 Json row = row_of("throughput", contestants_[i]);
                 row["clients"] = clients_[c];
                 row["prompt_tokens"] = prompt_tokens;
-                row["answer_tokens"] = flags_.answer_tokens;
+                const double answer = static_cast<double>(of.answer_tokens) /
+                                      static_cast<double>(clients_[c] * flags_.requests * flags_.bench.rounds);
+                row["answer_tokens"] = answer;
                 row["tok_s"] = speed.median;
                 row["tok_s_sd"] = speed.deviation;
                 row["x_of_one"] = alone > 0 ? speed.median / alone : 0;
-                std::vector<std::string> cells = {contestants_[i].engine, contestants_[i].kv, std::to_string(clients_[c]),
+                std::vector<std::string> cells = {contestants_[i].engine,
+                                                  contestants_[i].kv,
+                                                  std::to_string(clients_[c]),
+                                                  fmt::format("{:.0f}", answer),
                                                   fmt::format("{:.1f} ± {:.1f}", speed.median, speed.deviation),
                                                   alone > 0 ? fmt::format("{:.2f}", speed.median / alone) : "-"};
                 add_percentiles(row, cells, "first_token", of.first);
@@ -250,8 +258,9 @@ private:
                 table.push_back(cells);
             }
         }
-        tables_.emplace_back(fmt::format("Throughput: prompts of {} tokens, answers of {}", prompt_tokens, flags_.answer_tokens),
-                             table);
+        tables_.emplace_back(
+            fmt::format("Throughput: prompts of {} tokens, answers of at most {}", prompt_tokens, flags_.answer_tokens),
+            table);
     }
 
     void measure_prefix() {
@@ -276,9 +285,10 @@ private:
             row["cached_ms"] = median(cached);
             row["ratio"] = median(cached) / median(uncached);
             row["rounds"] = flags_.bench.rounds;
-            table.push_back({contestants_[i].engine, contestants_[i].kv, std::to_string(results[i].front().prefix_tokens),
-                             fmt::format("{:.0f}", median(tokens)), fmt::format("{:.0f}", median(uncached)),
-                             fmt::format("{:.0f}", median(cached)), fmt::format("{:.3f}", median(cached) / median(uncached))});
+            table.push_back({contestants_[i].engine, contestants_[i].kv,
+                             std::to_string(results[i].front().prefix_tokens), fmt::format("{:.0f}", median(tokens)),
+                             fmt::format("{:.0f}", median(uncached)), fmt::format("{:.0f}", median(cached)),
+                             fmt::format("{:.3f}", median(cached) / median(uncached))});
             objects_.push_back(row);
         }
         tables_.emplace_back("A prefix that was read, then one that is cached", table);
@@ -290,8 +300,8 @@ private:
             results[i].push_back(
                 run_stall(contestant.server->endpoint(), *contestant.prompts, kStreams, flags_.long_tokens));
         });
-        Table table = {{"engine", "cache", "streams", "prompt", "read s", "between tokens ms: before", "meanwhile: p50", "p95",
-                        "p99", "max", "longest, median of rounds"}};
+        Table table = {{"engine", "cache", "streams", "prompt", "read s", "between tokens ms: before", "meanwhile: p50",
+                        "p95", "p99", "max", "longest, median of rounds"}};
         for (size_t i = 0; i < contestants_.size(); ++i) {
             std::vector<double> between;
             std::vector<double> stalls;
@@ -308,9 +318,12 @@ private:
             row["prompt_tokens"] = results[i].front().prompt_tokens;
             row["read_ms"] = median(reads);
             row["usual_ms"] = median(usual);
-            std::vector<std::string> cells = {contestants_[i].engine, contestants_[i].kv, std::to_string(kStreams),
+            std::vector<std::string> cells = {contestants_[i].engine,
+                                              contestants_[i].kv,
+                                              std::to_string(kStreams),
                                               std::to_string(results[i].front().prompt_tokens),
-                                              fmt::format("{:.1f}", median(reads) / 1000), fmt::format("{:.0f}", median(usual))};
+                                              fmt::format("{:.1f}", median(reads) / 1000),
+                                              fmt::format("{:.0f}", median(usual))};
             add_percentiles(row, cells, "between_tokens", between);
             row["stall_ms"] = median(stalls);
             row["rounds"] = flags_.bench.rounds;
@@ -324,7 +337,8 @@ private:
     // How many conversations fit: from two sizes that were allocated, then by starting a server of that many slots.
     void measure_memory() {
         const int64_t memory = flags_.memory_mib << 20;
-        Table table = {{"engine", "cache", "conversations", "of tokens", "KV MiB", "MiB each", "x of the first", "run", "held"}};
+        Table table = {
+            {"engine", "cache", "conversations", "of tokens", "KV MiB", "MiB each", "x of the first", "run", "held"}};
         int64_t first = 0;
         for (Contestant& contestant : contestants_) {
             ServerSpec spec = contestant.spec;
@@ -355,7 +369,9 @@ private:
                     checked = std::min(flags_.check, fit);
                     PromptMaker prompts(server.endpoint());
                     // Room for the question that goes on with it and a token.
-                    held = checked > 0 ? count_held(server.endpoint(), prompts, checked, flags_.long_tokens - kMargin / 2) : 0;
+                    held = checked > 0
+                               ? count_held(server.endpoint(), prompts, checked, flags_.long_tokens - kMargin / 2)
+                               : 0;
                     break;
                 }
             }
@@ -370,10 +386,11 @@ private:
             row["checked"] = checked;
             row["held"] = held;
             objects_.push_back(row);
-            table.push_back({contestant.engine, contestant.kv, std::to_string(fit), std::to_string(flags_.long_tokens),
-                             fmt::format("{:.1f}", static_cast<double>(bytes) / (1 << 20)), fmt::format("{:.2f}", each / (1 << 20)),
-                             first > 0 ? fmt::format("{:.2f}", static_cast<double>(fit) / static_cast<double>(first)) : "-",
-                             std::to_string(checked), std::to_string(held)});
+            table.push_back(
+                {contestant.engine, contestant.kv, std::to_string(fit), std::to_string(flags_.long_tokens),
+                 fmt::format("{:.1f}", static_cast<double>(bytes) / (1 << 20)), fmt::format("{:.2f}", each / (1 << 20)),
+                 first > 0 ? fmt::format("{:.2f}", static_cast<double>(fit) / static_cast<double>(first)) : "-",
+                 std::to_string(checked), std::to_string(held)});
         }
         tables_.emplace_back(fmt::format("Conversations in {} MiB", flags_.memory_mib), table);
     }
@@ -408,7 +425,7 @@ private:
     }
 
     static constexpr int kStreams = 3;
-    static constexpr int64_t kMargin = 256; // questions and short answers behind a prefix, prompts a little too long
+    static constexpr int64_t kMargin = 256;    // questions and short answers behind a prefix, prompts a little too long
     static constexpr int64_t kMostSlots = 256; // libllama's LLAMA_MAX_SEQ
 
     ServeBenchFlags flags_;
@@ -423,27 +440,36 @@ private:
 } // namespace
 
 Command add_bench_serve(CLI::App& bench) {
-    CLI::App* command = bench.add_subcommand("serve", "load on tq serve (or any OpenAI-compatible server): tok/s, latencies, memory");
+    CLI::App* command =
+        bench.add_subcommand("serve", "load on tq serve (or any OpenAI-compatible server): tok/s, latencies, memory");
     auto flags = std::make_shared<ServeBenchFlags>();
     flags->bench.rounds = 3;
     add_bench_flags(*command, flags->bench);
     command->add_option("model,-m,--model", flags->model, "GGUF file")->type_name("MODEL");
-    command->add_option("--kv", flags->kv, "caches of tq serve, with commas between (default f16,tq4); '': none")->type_name("LIST");
+    command->add_option("--kv", flags->kv, "caches of tq serve, with commas between (default f16,tq4); '': none")
+        ->type_name("LIST");
     command->add_option("--url", flags->url, "a server that runs, in place of those started here")->type_name("URL");
     command->add_option("--api-key", flags->key, "its key")->type_name("KEY");
-    command->add_option("--llama-server", flags->llama_server, "a stock llama-server to measure beside")->type_name("PROGRAM");
-    command->add_option("--llama-server-kv", flags->llama_server_kv, "its caches: own ones or the plug-in's (default f16)")
+    command->add_option("--llama-server", flags->llama_server, "a stock llama-server to measure beside")
+        ->type_name("PROGRAM");
+    command
+        ->add_option("--llama-server-kv", flags->llama_server_kv, "its caches: own ones or the plug-in's (default f16)")
         ->type_name("LIST");
     command->add_option("--tests", flags->tests, "throughput, prefix, stall, memory (default: all)")->type_name("LIST");
     command->add_option("--clients", flags->clients, "clients at once (default 1,2,4,8)")->type_name("LIST");
     command->add_option("--requests", flags->requests, "of each client in a round (default 2)")->type_name("N");
     command->add_option("--prompt-tokens", flags->prompt_tokens, "of a prompt (default 64)")->type_name("N");
     command->add_option("--answer-tokens", flags->answer_tokens, "of an answer (default 96)")->type_name("N");
-    command->add_option("--prefix-tokens", flags->prefix_tokens, "of the prefix that is cached (default 2048)")->type_name("N");
-    command->add_option("--long-tokens", flags->long_tokens, "of the prompt that others wait for, and of conversations in memory (default 4096)")
+    command->add_option("--prefix-tokens", flags->prefix_tokens, "of the prefix that is cached (default 2048)")
         ->type_name("N");
-    command->add_option("--memory", flags->memory_mib, "MiB that conversations must fit into (default 1024)")->type_name("MIB");
-    command->add_option("--check", flags->check, "conversations of that server that are really held (default 4)")->type_name("N");
+    command
+        ->add_option("--long-tokens", flags->long_tokens,
+                     "of the prompt that others wait for, and of conversations in memory (default 4096)")
+        ->type_name("N");
+    command->add_option("--memory", flags->memory_mib, "MiB that conversations must fit into (default 1024)")
+        ->type_name("MIB");
+    command->add_option("--check", flags->check, "conversations of that server that are really held (default 4)")
+        ->type_name("N");
     return [flags] { return ServeBench(*flags).run(); };
 }
 

@@ -19,7 +19,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -59,8 +59,9 @@ void sleep_seconds(double seconds) {
 
 ServerProcess::ServerProcess(const Endpoint& endpoint) : endpoint_(endpoint) {
     if (const int status = health(endpoint); status != 200) {
-        throw llm::Error(status < 0 ? fmt::format("{}: no server answers there; start one, or leave out --url", endpoint.url)
-                                    : fmt::format("{}: not ready (status {} of /health); wait for it", endpoint.url, status));
+        throw llm::Error(status < 0
+                             ? fmt::format("{}: no server answers there; start one, or leave out --url", endpoint.url)
+                             : fmt::format("{}: not ready (status {} of /health); wait for it", endpoint.url, status));
     }
 }
 
@@ -77,7 +78,8 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
         }
     }
     if (spec_.engine == "llama-server") {
-        words.insert(words.end(), {"-m", spec_.model, "-c", total, "-np", std::to_string(spec_.slots), "-fa", "on", "-lv", "4"});
+        words.insert(words.end(),
+                     {"-m", spec_.model, "-c", total, "-np", std::to_string(spec_.slots), "-fa", "on", "-lv", "4"});
         if (kv.turboquant()) {
             words.insert(words.end(), {"--device", "TQ0"});
             variables.push_back("GGML_BACKEND_PATH=" + llm::find_plugin());
@@ -88,7 +90,8 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
             words.insert(words.end(), {"-ctk", kv.host_type, "-ctv", kv.host_type});
         }
     } else {
-        words.insert(words.end(), {"serve", "-m", spec_.model, "--kv", spec_.kv, "--parallel", std::to_string(spec_.slots), "--ctx",
+        words.insert(words.end(),
+                     {"serve", "-m", spec_.model, "--kv", spec_.kv, "--parallel", std::to_string(spec_.slots), "--ctx",
                       std::to_string(spec_.slot_context), "--log-format", "none"});
     }
     words.insert(words.end(), {"--host", "127.0.0.1", "--port", std::to_string(port)});
@@ -101,11 +104,6 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
     if (log_file < 0) {
         throw llm::Error(fmt::format("{}: cannot be made: {}; set TMPDIR", log_path_, std::strerror(errno)));
     }
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
-    posix_spawn_file_actions_adddup2(&actions, log_file, 1);
-    posix_spawn_file_actions_adddup2(&actions, log_file, 2);
     std::vector<char*> arguments;
     std::vector<char*> environment;
     for (std::string& word : words) {
@@ -116,14 +114,25 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
     }
     arguments.push_back(nullptr);
     environment.push_back(nullptr);
-    const int failed =
-        ::posix_spawn(&process_, spec_.program.c_str(), &actions, nullptr, arguments.data(), environment.data());
-    posix_spawn_file_actions_destroy(&actions);
+    const int nothing = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    const pid_t parent = ::getpid();
+    process_ = ::fork();
+    if (process_ == 0) {
+        // Only what is safe between fork and exec. The server ends with us, however we end.
+        ::prctl(PR_SET_PDEATHSIG, SIGTERM);
+        if (::getppid() == parent && ::dup2(nothing, 0) == 0 && ::dup2(log_file, 1) == 1 && ::dup2(log_file, 2) == 2) {
+            ::execve(arguments.front(), arguments.data(), environment.data());
+            static constexpr char kCannot[] = "error: the program cannot be executed; check its path\n";
+            [[maybe_unused]] const ssize_t written = ::write(2, kCannot, sizeof kCannot - 1);
+        }
+        ::_exit(127);
+    }
+    const std::string reason = std::strerror(errno);
     ::close(log_file);
-    if (failed != 0) {
-        process_ = -1;
-        std::filesystem::remove(log_path_);
-        throw llm::Error(fmt::format("{}: cannot be started: {}; check its path", spec_.program, std::strerror(failed)));
+    ::close(nothing);
+    if (process_ < 0) {
+        stop();
+        throw llm::Error(fmt::format("{}: cannot be started: {}", spec_.program, reason));
     }
     const double end = now_seconds() + kReadySeconds;
     while (health(endpoint_) != 200) {

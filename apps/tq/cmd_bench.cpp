@@ -9,7 +9,8 @@ namespace turboquant::app {
 
 Command add_bench(CLI::App& program) {
     CLI::App* bench = program.add_subcommand(
-        "bench", "how fast: attention (kernels beside ggml's), decode, prefill (tok/s at depths), encode, serve (load)");
+        "bench",
+        "how fast: attention (kernels beside ggml's), decode, prefill (tok/s at depths), encode, serve (load)");
     bench->require_subcommand(1);
     const std::vector<std::pair<std::string, Command>> commands = {{"attention", add_bench_attention(*bench)},
                                                                    {"decode", add_bench_decode(*bench)},

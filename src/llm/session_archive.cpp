@@ -223,7 +223,8 @@ uint64_t write_session(const fs::path& path, const SessionOrigin& origin, const 
         if (file.get() >= 0) {
             ::unlink(part.c_str());
         }
-        throw Error(fmt::format("{}: cannot be written: {}; choose another place or free some room", path.string(), why));
+        throw Error(
+            fmt::format("{}: cannot be written: {}; choose another place or free some room", path.string(), why));
     };
     if (file.get() < 0) {
         fail();

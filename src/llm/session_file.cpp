@@ -35,7 +35,8 @@ std::string Conversation::load(const std::string& path) {
         throw DamagedSession(fmt::format("{}; choose another file", error.what()));
     }
     if (head.note.empty()) {
-        throw Error(fmt::format("{}: a session of tq serve, which keeps no messages; choose a file that /save wrote", path));
+        throw Error(
+            fmt::format("{}: a session of tq serve, which keeps no messages; choose a file that /save wrote", path));
     }
     const DamagedSession not_ours(
         fmt::format("{}: damaged: its messages are not what tq writes; choose another file", path));

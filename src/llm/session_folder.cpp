@@ -34,10 +34,7 @@ std::string SessionFolder::file_name(const std::vector<Token>& tokens) {
 }
 
 SessionFolder::SessionFolder(fs::path folder, SessionOrigin origin, int64_t limit_bytes, Notice notice)
-    : folder_(std::move(folder)),
-      origin_(std::move(origin)),
-      limit_bytes_(limit_bytes),
-      notice_(std::move(notice)) {
+    : folder_(std::move(folder)), origin_(std::move(origin)), limit_bytes_(limit_bytes), notice_(std::move(notice)) {
     std::error_code failed;
     if (folder_.has_parent_path()) {
         fs::create_directories(folder_.parent_path(), failed);
@@ -46,17 +43,18 @@ SessionFolder::SessionFolder(fs::path folder, SessionOrigin origin, int64_t limi
         failed = std::error_code(errno, std::generic_category());
     }
     if (failed) {
-        throw Error(fmt::format("{}: the folder for sessions cannot be made: {}; choose another place", folder_.string(),
-                                failed.message()));
+        throw Error(fmt::format("{}: the folder for sessions cannot be made: {}; choose another place",
+                                folder_.string(), failed.message()));
     }
     struct stat info = {};
     if (::stat(folder_.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
         throw Error(fmt::format("{}: the folder for sessions is not a folder; choose another place", folder_.string()));
     }
     if ((info.st_mode & (S_IRWXG | S_IRWXO)) != 0) {
-        throw Error(fmt::format("{}: others may look into this folder, and sessions are private: chmod 700 it, or choose another "
-                                "place",
-                                folder_.string()));
+        throw Error(fmt::format(
+            "{}: others may look into this folder, and sessions are private: chmod 700 it, or choose another "
+            "place",
+            folder_.string()));
     }
     scan();
 }
@@ -72,8 +70,8 @@ void SessionFolder::scan() {
     std::error_code failed;
     fs::directory_iterator files(folder_, failed);
     if (failed) {
-        throw Error(fmt::format("{}: the folder for sessions cannot be read: {}; check its permissions", folder_.string(),
-                                failed.message()));
+        throw Error(fmt::format("{}: the folder for sessions cannot be read: {}; check its permissions",
+                                folder_.string(), failed.message()));
     }
     for (; !failed && files != fs::directory_iterator(); files.increment(failed)) {
         const fs::path& path = files->path();
@@ -108,7 +106,8 @@ std::optional<SavedPrefix> SessionFolder::find(const std::vector<Token>& prompt,
     for (const auto& [name, entry] : entries_) {
         const auto tokens = static_cast<int64_t>(entry.tokens.size());
         const int64_t common = common_prefix(entry.tokens, prompt);
-        const int64_t gain = (common - held) * kLoadingCost - tokens; // tokens' worth of reading that are spared, times ten
+        const int64_t gain =
+            (common - held) * kLoadingCost - tokens; // tokens' worth of reading that are spared, times ten
         if (gain > most) {
             most = gain;
             best = SavedPrefix{name, common, tokens};
@@ -174,8 +173,8 @@ bool SessionFolder::save(const std::vector<Token>& tokens, const std::vector<uin
     }
     std::error_code ignored;
     if (bytes > limit_bytes_) {
-        notice(fmt::format("{}: a session of {} bytes does not fit into the limit of {}; raise it", path.string(), bytes,
-                           limit_bytes_));
+        notice(fmt::format("{}: a session of {} bytes does not fit into the limit of {}; raise it", path.string(),
+                           bytes, limit_bytes_));
         forget(name);
         fs::remove(path, ignored);
         return false;

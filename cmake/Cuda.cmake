@@ -1,0 +1,33 @@
+# libturboquant_cuda, where there is a CUDA compiler. TURBOQUANT_CUDA: AUTO (when nvcc is found), ON (or fail), OFF.
+# Sets TURBOQUANT_HAVE_CUDA.
+set(TURBOQUANT_CUDA AUTO CACHE STRING "Build libturboquant_cuda: AUTO, ON or OFF")
+set_property(CACHE TURBOQUANT_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(TURBOQUANT_CUDA_ARCHITECTURES "80;90a" CACHE STRING "GPU architectures that libturboquant_cuda is compiled for")
+
+set(TURBOQUANT_HAVE_CUDA OFF)
+if(TURBOQUANT_CUDA STREQUAL "AUTO" AND TURBOQUANT_SANITIZE)
+    message(STATUS "CUDA: off (sanitizers run the core only)")
+elseif(TURBOQUANT_CUDA STREQUAL "AUTO" OR TURBOQUANT_CUDA)
+    find_program(TURBOQUANT_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH ENV CUDA_HOME
+                 PATHS /usr/local/cuda PATH_SUFFIXES bin DOC "NVIDIA's CUDA compiler")
+    if(TURBOQUANT_NVCC)
+        set(CMAKE_CUDA_COMPILER "${TURBOQUANT_NVCC}")
+        if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+            set(CMAKE_CUDA_ARCHITECTURES "${TURBOQUANT_CUDA_ARCHITECTURES}")
+        endif()
+        enable_language(CUDA)
+        if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 does not know that nvcc can
+            set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+            set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+        endif()
+        find_package(CUDAToolkit REQUIRED)
+        set(TURBOQUANT_HAVE_CUDA ON)
+        message(STATUS "CUDA: on, ${TURBOQUANT_NVCC} ${CMAKE_CUDA_COMPILER_VERSION}, for ${CMAKE_CUDA_ARCHITECTURES}")
+    elseif(TURBOQUANT_CUDA STREQUAL "AUTO")
+        message(STATUS "CUDA: off (no nvcc found; docs/cuda.md)")
+    else()
+        message(FATAL_ERROR "TURBOQUANT_CUDA=ON, but no nvcc was found: put it on PATH or set CUDA_PATH")
+    endif()
+else()
+    message(STATUS "CUDA: off (TURBOQUANT_CUDA=OFF)")
+endif()

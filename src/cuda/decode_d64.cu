@@ -1,0 +1,22 @@
+// The attention kernels for heads of 64 channels.
+#include "cuda/decode_kernel.cuh"
+
+namespace turboquant::cuda {
+
+namespace {
+
+template <int KB, int VB, int ROWS, int WARPS, int TILES>
+KernelChoice choice() {
+    return {attend_kernel<64, KB, VB, ROWS, WARPS, TILES>, WARPS, TILES, Fixed<64, ROWS>::bytes(WARPS)};
+}
+
+} // namespace
+
+KernelChoice attend_kernel_64(int key_bits, int value_bits, int rows) {
+    if (key_bits == 4 && value_bits == 4) {
+        return rows == 4 ? choice<4, 4, 4, 8, 4>() : choice<4, 4, 8, 8, 4>();
+    }
+    return rows == 4 ? choice<0, 0, 4, 8, 4>() : choice<0, 0, 8, 8, 4>();
+}
+
+} // namespace turboquant::cuda

@@ -1,0 +1,58 @@
+// The writing and reading kernels' arguments. Internal.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace turboquant::cuda {
+
+// A codebook as the encoder needs it: what codec/kernels.h's EncodeTable holds, for 2, 3, 4 and 8 bits.
+struct SideTable {
+    int32_t bits;
+    int32_t rule; // KernelRule
+    int32_t first_level;
+    int32_t step[7]; // crossing threshold k adds this to index << 8 | level
+    float threshold[7];
+    float stretch_slope, stretch_origin, stretch_growth;
+};
+
+struct PagesArgs {
+    uint8_t* pages;
+    const float* mu;
+    const float* lambda;
+    int64_t n_slots;
+    int64_t page_bytes;
+    int32_t page_size;
+    int32_t kv_heads;
+    int32_t tile_bytes;
+    SideTable side[2]; // keys, values
+};
+
+struct EncodeArgs {
+    PagesArgs cache;
+    const void* x[2];
+    int64_t stride[2];
+    int64_t head_stride[2];
+    int64_t n;
+    const int64_t* slots;
+    const int64_t* exact_rows;
+    uint16_t* exact[2];
+    int32_t type;
+};
+
+struct ReadArgs {
+    PagesArgs cache;
+    const int64_t* slots;
+    int64_t n;
+    uint8_t* codes;
+    uint16_t* scales;
+    void* rows;
+    int32_t type;
+    int32_t rotated;
+};
+
+cudaError_t launch_encode(const EncodeArgs& args, int head_size, cudaStream_t stream);
+cudaError_t launch_read(const ReadArgs& args, int head_size, cudaStream_t stream);
+
+} // namespace turboquant::cuda
