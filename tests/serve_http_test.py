@@ -58,6 +58,12 @@ class WithServer(unittest.TestCase):
 
 
 class Requests(WithServer):
+    arguments = [*WithServer.arguments, "-n", 100]
+
+    def test_token_limit(self):
+        status, answer = self.server.post(CHAT, {**ENDLESS, "max_tokens": 5000})
+        self.assertEqual((status, answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]), (200, 100, "length"))
+
     def test_bad_bodies(self):
         for body in ("", "{", "[]", "null", '{"messages":', "\0", '{"messages":[{"role":"user","content":"\udcff"}]}'.encode(
                 "utf-8", "surrogateescape"), '{"a":' + "[" * 100000):
@@ -186,7 +192,7 @@ class Requests(WithServer):
 
 
 class Limits(WithServer):
-    arguments = ["--parallel", 1, "--queue", 1, "--ctx", 2048, "--timeout", 4, "--body-limit", "64KB", "-n", 600, "--api-key", "right",
+    arguments = ["--parallel", 1, "--queue", 1, "--ctx", 2048, "--body-limit", "64KB", "--api-key", "right",
                  "--cors-origin", "https://friend.example", "--alias", "the/model"]
     KEY = {"Authorization": "Bearer right"}
 
@@ -216,15 +222,7 @@ class Limits(WithServer):
                             + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", end=False)
         self.assertEqual([line.split()[1] for line in lines], ["413"])
 
-    def test_token_limit(self):
-        status, answer = self.server.post(CHAT, {**ENDLESS, "max_tokens": 5000}, {**self.KEY}, timeout=30)
-        if status == 200:  # fast enough to write 600 tokens in 4 seconds
-            self.assertEqual(answer["usage"]["completion_tokens"], 600)
-            self.assertEqual(answer["choices"][0]["finish_reason"], "length")
-        else:
-            self.assertEqual((status, answer["error"]["code"]), (504, "timeout"))
-
-    def test_queue_and_timeout(self):
+    def test_queue(self):
         streams = [RawStream(self.server, ENDLESS, headers="Authorization: Bearer right\r\n") for _ in range(2)]
         first = streams[0].events()
         for _ in range(3):
@@ -237,13 +235,9 @@ class Limits(WithServer):
         while self.server.get_json("/props")["context"]["waiting"] and time.monotonic() < end:
             time.sleep(0.02)
         self.assertEqual(self.server.get_json("/props")["context"]["waiting"], 0)
-        *_, last = first
-        if "error" in last:
-            self.assertEqual(last["error"]["code"], "timeout")
-        else:
-            self.assertEqual(last, "[DONE]")
         streams[0].close()
-        self.assertEqual(self.server.post(CHAT, HELLO, self.KEY)[0], 200)
+        for _ in range(3):  # nothing of all that still counts as waiting
+            self.assertEqual(self.server.post(CHAT, HELLO, self.KEY)[0], 200)
 
     def test_cors(self):
         friend = {"Origin": "https://friend.example"}
@@ -260,9 +254,7 @@ class Limits(WithServer):
 
     def test_slow_readers_do_not_hold_others_up(self):
         slow = RawStream(self.server, {**ENDLESS, "max_tokens": 30}, headers="Authorization: Bearer right\r\n")
-        start = time.monotonic()
         self.assertEqual(self.server.post(CHAT, HELLO, self.KEY)[0], 200)
-        self.assertLess(time.monotonic() - start, 4)
         self.assertEqual(list(slow.events())[-1], "[DONE]")
         slow.close()
 
@@ -304,6 +296,15 @@ class Ends(unittest.TestCase):
             self.assertGreaterEqual(props["context"]["slots"], 2)
             self.assertLessEqual(props["kv"]["bytes"], 40 << 20)
             self.assertGreater(props["kv"]["bytes"], 25 << 20)
+
+    def test_timeout(self):
+        with Server("--ctx", 8192, "--parallel", 1, "--timeout", 2) as server:
+            stream = RawStream(server, ENDLESS)
+            *_, last = stream.events()
+            self.assertEqual(last["error"]["code"], "timeout")
+            stream.close()
+            status, answer = server.post(CHAT, ENDLESS)
+            self.assertEqual((status, answer["error"]["code"]), (504, "timeout"))
 
     def test_loading_is_503(self):
         with tempfile.TemporaryDirectory() as folder:

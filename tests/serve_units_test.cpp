@@ -193,7 +193,7 @@ TEST(Place, ASharedBeginningIsCopiedSoThatTheOtherConversationStays) {
     const Tokens prompt = system + sequence(5000, 20);
     expect_placement(place(prompt, {{talk, false, 3}, {other, false, 1}}, true), 1, 500, 0);
     expect_placement(place(prompt, {{talk, true, 3}, {other, false, 1}}, true), 1, 500, 0); // busy: all the same
-    expect_placement(place(prompt, {{talk, true, 3}, {other, false, 1}}, false), 1, 0, -1);  // cannot copy
+    expect_placement(place(prompt, {{talk, true, 3}, {other, false, 1}}, false), 1, 0, -1); // cannot copy
     expect_placement(place(prompt, {{talk, false, 3}, {other, false, 1}}, false), 0, 500, -1);
     expect_placement(place(prompt, {{talk, false, 3}, {other, true, 1}}, true), 0, 500, -1); // nowhere else
 }
@@ -242,8 +242,9 @@ std::string error_of(Parse parse) {
         parse();
     } catch (const ApiError& error) {
         const json inner = error.json()["error"];
-        return std::to_string(error.status()) + " " + (inner["param"].is_null() ? "" : inner["param"].get<std::string>()) +
-               ": " + inner["message"].get<std::string>();
+        return std::to_string(error.status()) + " " +
+               (inner["param"].is_null() ? "" : inner["param"].get<std::string>()) + ": " +
+               inner["message"].get<std::string>();
     }
     return {};
 }
@@ -360,7 +361,9 @@ TEST(ParseBody, OnlyObjectsOfSensibleDepth) {
 }
 
 TEST(ParseCompletion, Prompts) {
-    const auto completion = [](const std::string& text) { return parse_completion(parse_body(text), kDefaults, 1000, -1); };
+    const auto completion = [](const std::string& text) {
+        return parse_completion(parse_body(text), kDefaults, 1000, -1);
+    };
     EXPECT_EQ(completion(R"({"prompt":"hello","logprobs":2})").prompt, "hello");
     EXPECT_EQ(completion(R"({"prompt":"hello","logprobs":2})").top_scores, 2);
     EXPECT_FALSE(completion(R"({"prompt":"hello"})").scores);
@@ -372,7 +375,9 @@ TEST(ParseCompletion, Prompts) {
         EXPECT_EQ(error_of([&] { completion(body); }).rfind("400 prompt:", 0), 0U) << body;
     }
     for (const char* field : {"echo", "suffix", "best_of"}) {
-        const std::string value = field == std::string("echo") ? "true" : field == std::string("suffix") ? "\"x\"" : "2";
+        const std::string value = field == std::string("echo")     ? "true"
+                                  : field == std::string("suffix") ? "\"x\""
+                                                                   : "2";
         const std::string body = R"({"prompt":"a",")" + std::string(field) + "\":" + value + "}";
         EXPECT_EQ(error_of([&] { completion(body); }).rfind("400 " + std::string(field) + ":", 0), 0U) << body;
     }
@@ -416,7 +421,8 @@ TEST(Auth, HostsAndOrigins) {
     for (const char* name : {"localhost", "127.0.0.1", "127.1.2.3", "::1"}) {
         EXPECT_TRUE(is_loopback(name)) << name;
     }
-    for (const char* name : {"", "example.org", "localhost.example.org", "127.0.0.1.example.org", "0.0.0.0", "10.0.0.1"}) {
+    for (const char* name :
+         {"", "example.org", "localhost.example.org", "127.0.0.1.example.org", "0.0.0.0", "10.0.0.1"}) {
         EXPECT_FALSE(is_loopback(name)) << name;
     }
     EXPECT_EQ(origin_host("http://localhost:8080"), "localhost:8080");

@@ -12,10 +12,10 @@ namespace turboquant::llm {
 
 struct ContextOptions {
     KvChoice kv;
-    CachePlan plan;         // of one sequence: its length and the head sizes
-    int sequences = 1;      // each with a cache of its own, plan.context tokens long
-    int64_t batch = 512;    // most tokens of a call of llama_decode
-    int threads = 0;        // 0: default_threads()
+    CachePlan plan;          // of one sequence: its length and the head sizes
+    int sequences = 1;       // each with a cache of its own, plan.context tokens long
+    int64_t batch = 512;     // most tokens of a call of llama_decode
+    int threads = 0;         // 0: default_threads()
     bool full_cache = false; // sliding layers keep all rows, so that going back is exact
     ggml_abort_callback abort = nullptr;
     void* abort_data = nullptr;

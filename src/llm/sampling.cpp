@@ -38,9 +38,9 @@ Sampler make_sampler(const SamplingOptions& options, int vocabulary) {
         add(llama_sampler_init_logit_bias(vocabulary, static_cast<int32_t>(options.bias.size()), options.bias.data()));
     }
     if (options.penalties()) {
-        add(llama_sampler_init_penalties(
-            vocabulary, options.penalty_last, static_cast<float>(options.repeat_penalty),
-            static_cast<float>(options.frequency_penalty), static_cast<float>(options.presence_penalty)));
+        add(llama_sampler_init_penalties(vocabulary, options.penalty_last, static_cast<float>(options.repeat_penalty),
+                                         static_cast<float>(options.frequency_penalty),
+                                         static_cast<float>(options.presence_penalty)));
     }
     if (options.temp <= 0) {
         add(llama_sampler_init_greedy());

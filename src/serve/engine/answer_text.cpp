@@ -15,8 +15,7 @@ AnswerText::Piece AnswerText::push(std::string_view bytes, std::optional<TokenSc
     }
     piece.text = matcher_.push(whole);
     released_ += piece.text.size();
-    while (!waiting_.empty() &&
-           (stopped() ? waiting_.front().begin < released_ : waiting_.front().end <= released_)) {
+    while (!waiting_.empty() && (stopped() ? waiting_.front().begin < released_ : waiting_.front().end <= released_)) {
         piece.scores.push_back(std::move(waiting_.front().score));
         waiting_.pop_front();
     }

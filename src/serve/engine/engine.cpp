@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kBatch = 512;
 constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
-constexpr int64_t kWorthSaving = 64; // tokens: shorter prompts are read faster than fetched
+constexpr int64_t kWorthSaving = 64;  // tokens: shorter prompts are read faster than fetched
 
 double milliseconds(Clock::duration duration) {
     return std::chrono::duration<double, std::milli>(duration).count();
@@ -323,8 +323,7 @@ void Engine::keep_prefix(Slot& slot, int64_t keep) {
     // the first token to be read is still there.
     const bool forgotten =
         window_ > 0 && llama_memory_seq_pos_min(memory, slot.sequence) > std::max<int64_t>(0, keep - window_);
-    if (keep == 0 || forgotten ||
-        !llama_memory_seq_rm(memory, slot.sequence, static_cast<llama_pos>(keep), -1)) {
+    if (keep == 0 || forgotten || !llama_memory_seq_rm(memory, slot.sequence, static_cast<llama_pos>(keep), -1)) {
         clear(slot);
         return;
     }
@@ -395,7 +394,8 @@ void Engine::step() {
         }
     }
     // Who came first is read first: that gives the shortest time to the first token on average.
-    std::sort(reading.begin(), reading.end(), [](const Slot* a, const Slot* b) { return a->job->order < b->job->order; });
+    std::sort(reading.begin(), reading.end(),
+              [](const Slot* a, const Slot* b) { return a->job->order < b->job->order; });
     int64_t room = std::min(budget_.prompt_tokens(decoding), batch_limit_ - decoding);
     std::vector<int64_t> pieces(slots_.size(), 0);
     int64_t prompt_tokens = 0;
@@ -466,8 +466,7 @@ void Engine::choose_token(Slot& slot, int32_t output) {
     llama_context* context = llama_.handle.get();
     const std::span<const float> logits(llama_get_logits_ith(context, output),
                                         static_cast<size_t>(model_.vocabulary()));
-    const llm::Token token =
-        job.sampler ? llama_sampler_sample(job.sampler.get(), context, output) : likeliest(logits);
+    const llm::Token token = job.sampler ? llama_sampler_sample(job.sampler.get(), context, output) : likeliest(logits);
     const auto now = Clock::now();
     const auto before = std::exchange(job.last, now);
     if (!job.next) {

@@ -25,9 +25,9 @@ struct EngineOptions {
     llm::KvChoice kv;
     llm::CachePlan plan; // of one slot
     int slots = 1;
-    int threads = 0;          // 0: default_threads()
-    int64_t queue = 64;       // requests that may wait for a slot
-    double step_seconds = 0.1; // a step's length while answers are being written
+    int threads = 0;               // 0: default_threads()
+    int64_t queue = 64;            // requests that may wait for a slot
+    double step_seconds = 0.1;     // a step's length while answers are being written
     SessionStore* store = nullptr; // null: none. Must outlive the engine
     double store_after = 2;        // seconds after which an idle slot is saved
 };

@@ -10,9 +10,9 @@ class Observer {
 public:
     virtual ~Observer() = default;
     virtual void prompt_placed(int64_t tokens, int64_t cached) = 0; // a prompt got its slot
-    virtual void first_token(double seconds) = 0;                  // since the request came
-    virtual void next_token(double seconds) = 0;                   // since the one before
-    virtual void answer_over(std::string_view outcome) = 0;        // stop, length, cancelled, timeout, failed
+    virtual void first_token(double seconds) = 0;                   // since the request came
+    virtual void next_token(double seconds) = 0;                    // since the one before
+    virtual void answer_over(std::string_view outcome) = 0;         // stop, length, cancelled, timeout, failed
 };
 
 } // namespace turboquant::serve

@@ -16,8 +16,8 @@ struct SlotView {
 };
 
 struct Placement {
-    int slot = -1;      // -1: all are busy
-    int64_t keep = 0;   // tokens of the prompt that need not be read; never all of them, the last one's scores are needed
+    int slot = -1;    // -1: all are busy
+    int64_t keep = 0; // tokens of the prompt that need not be read; never all of them, the last one's scores are needed
     int copy_from = -1; // the slot whose cache is copied first; -1: none
 };
 

@@ -25,9 +25,9 @@ struct AnswerStats {
     int64_t prompt_tokens = 0;
     int64_t cached_tokens = 0; // of the prompt, not read again
     int64_t answer_tokens = 0;
-    double queue_ms = 0;   // waiting for a slot
-    double prompt_ms = 0;  // from the slot to the first token
-    double answer_ms = 0;  // from the first token to the last
+    double queue_ms = 0;  // waiting for a slot
+    double prompt_ms = 0; // from the slot to the first token
+    double answer_ms = 0; // from the first token to the last
     int64_t context_used = 0;
 };
 
@@ -64,7 +64,7 @@ private:
 };
 
 struct Request {
-    std::string id; // for the log
+    std::string id;                 // for the log
     std::vector<llm::Token> tokens; // at least one, fewer than the context of a slot
     llm::SamplingOptions sampling;
     int64_t limit = -1; // tokens of the answer; -1: until the context is full

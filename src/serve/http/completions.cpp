@@ -32,9 +32,10 @@ ApiError as_error(const Failure& failure) {
 void check_length(const Service& service, const std::string& text, const char* field) {
     const size_t most = static_cast<size_t>(service.engine.context()) * service.longest_piece;
     if (text.size() > most) {
-        throw bad_request(fmt::format("the prompt has {} bytes, more than the {} tokens of this server's context can stand for",
-                                      text.size(), service.engine.context()),
-                          field, "context_length_exceeded");
+        throw bad_request(
+            fmt::format("the prompt has {} bytes, more than the {} tokens of this server's context can stand for",
+                        text.size(), service.engine.context()),
+            field, "context_length_exceeded");
     }
 }
 

@@ -66,9 +66,8 @@ json props_json(const Service& service) {
     const EngineStatus status = service.engine.status();
     const llm::ChatTemplate& chat = service.chat_template;
     const llm::SamplingOptions& sampling = service.defaults;
-    const double ratio = status.kv_bytes > 0
-                             ? static_cast<double>(status.kv_f16_bytes) / static_cast<double>(status.kv_bytes)
-                             : 1;
+    const double ratio =
+        status.kv_bytes > 0 ? static_cast<double>(status.kv_f16_bytes) / static_cast<double>(status.kv_bytes) : 1;
     const json limit = service.most_tokens < 0 ? json() : json(service.most_tokens);
     return {
         {"model", {{"id", service.name}, {"description", service.model.identity()}}},
@@ -110,9 +109,8 @@ json tokenize_json(const Service& service, const std::string& body) {
         throw bad_request(fmt::format("'content' has {} bytes; this server takes {}", content->size(), most), "content",
                           "context_length_exceeded");
     }
-    const std::vector<llm::Token> tokens =
-        service.model.tokenize(*content, fields.boolean("add_special").value_or(false),
-                               fields.boolean("parse_special").value_or(true));
+    const std::vector<llm::Token> tokens = service.model.tokenize(
+        *content, fields.boolean("add_special").value_or(false), fields.boolean("parse_special").value_or(true));
     if (!fields.boolean("with_pieces").value_or(false)) {
         return {{"tokens", tokens}};
     }

@@ -36,8 +36,8 @@ struct Metrics::Impl {
                                    .Help("Completions that ended: stop, length, cancelled, timeout, failed")
                                    .Register(registry);
     Counter& prompt_tokens = counter(registry, "turboquant_prompt_tokens_total", "Tokens of prompts");
-    Counter& cached_tokens = counter(registry, "turboquant_prompt_tokens_cached_total",
-                                     "Of them, found in a cache and not read again");
+    Counter& cached_tokens =
+        counter(registry, "turboquant_prompt_tokens_cached_total", "Of them, found in a cache and not read again");
     Counter& answer_tokens = counter(registry, "turboquant_completion_tokens_total", "Tokens of answers");
     Gauge& waiting = gauge(registry, "turboquant_requests_waiting", "Requests that wait for a slot");
     Gauge& slots = gauge(registry, "turboquant_slots", "Conversations that can be answered at once");
@@ -48,12 +48,11 @@ struct Metrics::Impl {
     Gauge& kv_capacity = gauge(registry, "turboquant_kv_capacity_bytes", "KV cache of all slots when full");
     Gauge& f16_used = gauge(registry, "turboquant_kv_f16_used_bytes", "What the cached tokens would take in f16");
     Gauge& f16_capacity = gauge(registry, "turboquant_kv_f16_capacity_bytes", "What all slots would take in f16");
-    Histogram& first = histogram(registry, "turboquant_time_to_first_token_seconds",
-                                 "From a request's arrival to its first token",
-                                 {0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60});
-    Histogram& between =
-        histogram(registry, "turboquant_inter_token_seconds", "Between two tokens of an answer",
-                  {0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2});
+    Histogram& first =
+        histogram(registry, "turboquant_time_to_first_token_seconds", "From a request's arrival to its first token",
+                  {0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60});
+    Histogram& between = histogram(registry, "turboquant_inter_token_seconds", "Between two tokens of an answer",
+                                   {0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2});
 };
 
 Metrics::Metrics() : impl_(std::make_unique<Impl>()) {}

@@ -52,7 +52,8 @@ void refuse_unsupported(const Fields& fields) {
     if (const json* modalities = fields.find("modalities"); modalities != nullptr && *modalities != json{"text"}) {
         unsupported("modalities", "text only");
     }
-    for (const char* field : {"audio", "web_search_options", "grammar", "json_schema", "lora", "samplers", "image_data"}) {
+    for (const char* field :
+         {"audio", "web_search_options", "grammar", "json_schema", "lora", "samplers", "image_data"}) {
         if (fields.find(field) != nullptr) {
             unsupported(field, stock);
         }
@@ -188,9 +189,9 @@ std::string parse_content(const json& content, const std::string& role) {
         return content.get<std::string>();
     }
     if (!content.is_array()) {
-        throw bad_request(fmt::format("'content' of a message must be a string or an array of parts, not {}",
-                                      type_words(content)),
-                          "messages", "invalid_type");
+        throw bad_request(
+            fmt::format("'content' of a message must be a string or an array of parts, not {}", type_words(content)),
+            "messages", "invalid_type");
     }
     std::string text;
     for (const json& part : content) {
@@ -254,9 +255,8 @@ std::vector<llm::Token> parse_tokens(const json& array, const char* field, int v
         }
         const auto number = token.get<int64_t>();
         if (number < 0 || number >= vocabulary) {
-            throw bad_request(fmt::format("'{}' has token {}; this model's are 0 to {}", field, token.dump(),
-                                          vocabulary - 1),
-                              field);
+            throw bad_request(
+                fmt::format("'{}' has token {}; this model's are 0 to {}", field, token.dump(), vocabulary - 1), field);
         }
         tokens.push_back(static_cast<llm::Token>(number));
     }
@@ -296,7 +296,8 @@ CompletionRequest parse_completion(const json& body, const llm::SamplingOptions&
     parse_common(fields, defaults, vocabulary, most, request);
     const json* prompt = fields.find("prompt");
     if (prompt == nullptr) {
-        throw bad_request("'prompt' is missing: a string or an array of tokens", "prompt", "missing_required_parameter");
+        throw bad_request("'prompt' is missing: a string or an array of tokens", "prompt",
+                          "missing_required_parameter");
     }
     if (prompt->is_array() && prompt->size() == 1 && (prompt->front().is_string() || prompt->front().is_array())) {
         prompt = &prompt->front();

@@ -41,9 +41,9 @@ void RequestLog::request(const RequestRecord& record) {
     const double ms =
         std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - record.start).count();
     if (format_ == Format::json) {
-        json line = {{"time", now()},           {"level", "info"},     {"event", "request"},
-                     {"id", record.id},         {"remote", record.remote}, {"method", record.method},
-                     {"path", record.path},     {"status", record.status}, {"ms", ms}};
+        json line = {{"time", now()},       {"level", "info"},         {"event", "request"},
+                     {"id", record.id},     {"remote", record.remote}, {"method", record.method},
+                     {"path", record.path}, {"status", record.status}, {"ms", ms}};
         if (record.prompt_tokens) {
             line["prompt_tokens"] = *record.prompt_tokens;
             line["cached_tokens"] = record.cached_tokens;

@@ -21,9 +21,9 @@ struct RequestRecord {
     std::optional<int64_t> prompt_tokens;
     int64_t cached_tokens = 0;
     int64_t answer_tokens = 0;
-    std::string outcome; // stop, length, cancelled, ...
-    std::string error;   // code or message of an ApiError
-    std::string prompt;  // with --log-prompts
+    std::string outcome;             // stop, length, cancelled, ...
+    std::string error;               // code or message of an ApiError
+    std::string prompt;              // with --log-prompts
     std::shared_ptr<void> in_flight; // counts as being answered while it lives
 };
 

@@ -20,10 +20,10 @@
 namespace turboquant::serve {
 namespace {
 
-constexpr int kBacklog = 512;        // connections that the kernel keeps for us; httplib asks for 5
-constexpr int kIdleSeconds = 5;      // a connection without a request
-constexpr int kReadSeconds = 15;     // a client that stops in the middle of one
-constexpr int kWriteSeconds = 15;    // a client that does not read
+constexpr int kBacklog = 512;     // connections that the kernel keeps for us; httplib asks for 5
+constexpr int kIdleSeconds = 5;   // a connection without a request
+constexpr int kReadSeconds = 15;  // a client that stops in the middle of one
+constexpr int kWriteSeconds = 15; // a client that does not read
 constexpr size_t kRequestsAConnection = 1000;
 constexpr size_t kLongestHeaders = 32u << 10;
 constexpr std::chrono::seconds kFlush{3}; // for clients to take the end of their answers when the server stops
@@ -52,7 +52,7 @@ bool is_json(const httplib::Request& request) {
 }
 
 // Who may use an endpoint, and when.
-enum class Access { open, keyed };  // keyed: with an API key where there is one
+enum class Access { open, keyed }; // keyed: with an API key where there is one
 enum class Needs { nothing, model };
 
 } // namespace
@@ -166,7 +166,8 @@ void Server::Impl::preflight(const httplib::Request& request, httplib::Response&
 
 void Server::Impl::add(const char* method, const std::string& pattern, const char* name, Access access, Needs needs,
                        Handler handler) {
-    const auto known = std::find_if(routes.begin(), routes.end(), [&](const Route& route) { return route.name == name; });
+    const auto known =
+        std::find_if(routes.begin(), routes.end(), [&](const Route& route) { return route.name == name; });
     if (known == routes.end()) {
         routes.push_back({std::regex(pattern), name, {method}});
     } else {
@@ -240,8 +241,9 @@ void Server::Impl::add_routes() {
         [this](const Request& request, Response& response) {
             set_json(response, detokenize_json(loaded(), request.body));
         });
-    add("GET", "/health", "/health", Access::open, Needs::model,
-        [](const Request&, Response& response) { set_json(response, {{"status", "ok"}}); });
+    add("GET", "/health", "/health", Access::open, Needs::model, [](const Request&, Response& response) {
+        set_json(response, {{"status", "ok"}});
+    });
     add("GET", "/metrics", "/metrics", Access::keyed, Needs::nothing, [this](const Request&, Response& response) {
         const Service* now = service;
         EngineStatus status;

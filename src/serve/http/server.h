@@ -13,11 +13,11 @@ namespace turboquant::serve {
 
 struct ServerOptions {
     std::string host = "127.0.0.1";
-    int port = 8080;                // 0: any free one
-    std::vector<std::string> keys;  // none: everybody may ask
-    std::string cors_origin;        // empty: off; "*": all
-    size_t body_limit = 8u << 20;   // bytes
-    int threads = 64;               // connections that are answered at once
+    int port = 8080;               // 0: any free one
+    std::vector<std::string> keys; // none: everybody may ask
+    std::string cors_origin;       // empty: off; "*": all
+    size_t body_limit = 8u << 20;  // bytes
+    int threads = 64;              // connections that are answered at once
 };
 
 class Server {

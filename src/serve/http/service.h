@@ -21,7 +21,8 @@ struct Service {
     llm::SamplingOptions defaults;
     std::string name;         // of the model, in answers
     int64_t most_tokens = -1; // of an answer; -1: no limit
-    size_t longest_piece = 0; // bytes of the longest token (longest_piece()): no text longer than so many a token can fit
+    size_t longest_piece =
+        0; // bytes of the longest token (longest_piece()): no text longer than so many a token can fit
     std::chrono::seconds timeout{600};
     int64_t created = 0; // when the model was loaded, in seconds since 1970
     bool log_prompts = false;
