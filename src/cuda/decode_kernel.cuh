@@ -617,7 +617,8 @@ struct Attend {
     __device__ __forceinline__ void run() {
         const int per_sequence = a.kv_heads * a.query_blocks;
         if (lane == 0) {
-            for (int s = 0; s < a.stages; ++s) {
+#pragma unroll
+            for (int s = 0; s < kMostStages; ++s) {
                 barrier_init(barriers + s);
             }
             barrier_fence();
