@@ -645,6 +645,7 @@ struct Attend {
             const int whole = per <= longest ? (longest + longest / per - 1) / (longest / per)
                                              : (per + longest - 1) / longest * longest;
             per = whole - per <= per / 8 ? whole : per;
+            per = max(per, min(WARPS, longest)); // fewer blocks to merge, each warp still has one chunk
         }
         const int begin = static_cast<int>(blockIdx.x) * per;
         const int end = min(begin + per, total);

@@ -310,10 +310,20 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
     __shared__ int64_t slots[kTileTokens];
     const int head = blockIdx.y;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
-    if (threadIdx.x < kTileTokens) {
-        const int64_t token = first + threadIdx.x;
-        const int64_t slot = token < a.n ? a.slots[token] : -1;
-        slots[threadIdx.x] = slot < a.cache.n_slots ? slot : -1;
+    __shared__ bool whole_tile; // the rows fill a tile in order
+    if (threadIdx.x < 32) {
+        const int64_t token = first + threadIdx.x % kTileTokens;
+        int64_t slot = token < a.n ? a.slots[token] : -1;
+        slot = slot < a.cache.n_slots ? slot : -1;
+        const int64_t slot0 = __shfl_sync(kAll, slot, 0);
+        const bool fits = slot0 >= 0 && slot0 % kTileTokens == 0 && slot == slot0 + threadIdx.x % kTileTokens;
+        const bool all = __all_sync(kAll, fits);
+        if (threadIdx.x < kTileTokens) {
+            slots[threadIdx.x] = slot;
+        }
+        if (threadIdx.x == 0) {
+            whole_tile = all;
+        }
     }
     const int side = threadIdx.x / 256;
     const int own = threadIdx.x / 16 % 16; // of the 16 rows
@@ -342,11 +352,6 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
         }
     }
     __syncthreads();
-    const int64_t slot0 = slots[0];
-    bool full = slot0 >= 0 && slot0 % kTileTokens == 0;
-    for (int i = 0; i < kTileTokens; ++i) {
-        full = full && slots[i] == slot0 + i;
-    }
     const int key_bytes = side_bytes(D, a.cache.side[0].bits);
     const int code_bytes = key_bytes + side_bytes(D, a.cache.side[1].bits);
     const auto tile_of = [&](int64_t slot) {
@@ -354,8 +359,8 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
         return a.cache.pages + slot / a.cache.page_size * a.cache.page_bytes +
                (head * tiles + slot % a.cache.page_size / kTileTokens) * a.cache.tile_bytes;
     };
-    if (full) {
-        uint8_t* const tile = tile_of(slot0);
+    if (whole_tile) {
+        uint8_t* const tile = tile_of(slots[0]);
         uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
         const uint8_t* const from = &codes[side][0][0];
         switch (a.cache.side[side].bits) {
