@@ -8,7 +8,7 @@ BUILD  := build/$(PRESET)
 export CI
 
 .DEFAULT_GOAL := build
-.PHONY: build run test sanitize install format lint setup clean help
+.PHONY: build run test sanitize install cuda format lint setup clean help
 
 build: setup ## set up and build everything
 	@scripts/build $(PRESET) $(JOBS)
@@ -26,6 +26,9 @@ sanitize: setup ## the core's tests under the address, undefined-behaviour and t
 
 install: build ## install to PREFIX (default /usr/local; DESTDIR is honoured)
 	@cmake --install $(BUILD) --prefix "$(PREFIX)"
+
+cuda: ## compile the GPU library for sm_80 and sm_90a into build/cuda (nvcc from PyPI where there is none)
+	@scripts/cuda $(JOBS)
 
 format: ## rewrite the sources as .clang-format says
 	@scripts/setup lint

@@ -25,9 +25,9 @@ struct AttentionCase {
 std::ostream& operator<<(std::ostream& o, const AttentionCase& c) {
     o << "d " << c.shape.head_size << " kv heads " << c.shape.kv_heads << " group " << c.group << " bits "
       << c.shape.key_bits << '/' << c.shape.value_bits << " page " << c.shape.page_size << " q_len " << c.q_len
-      << " softcap " << c.softcap << " sliding " << c.sliding_window << " not causal " << c.not_causal << " sink logits "
-      << c.sink_logits << " conditioned " << c.conditioned << " sinks " << c.sinks << " window " << c.window
-      << " blocks " << c.n_blocks << " type " << c.type << " seed " << c.seed << " lengths";
+      << " softcap " << c.softcap << " sliding " << c.sliding_window << " not causal " << c.not_causal
+      << " sink logits " << c.sink_logits << " conditioned " << c.conditioned << " sinks " << c.sinks << " window "
+      << c.window << " blocks " << c.n_blocks << " type " << c.type << " seed " << c.seed << " lengths";
     for (const int32_t n : c.lengths) {
         o << ' ' << n;
     }
@@ -137,9 +137,8 @@ private:
                     const bool latest = !sink && ring() > 0 && t >= length - ring();
                     const int64_t entry = sink ? t : case_.sinks + (t - case_.sinks) % std::max(ring(), 1);
                     exact_rows_.push_back(
-                        sink || latest
-                            ? sequence_slots[static_cast<size_t>(b)] * int64_t{case_.sinks + ring()} + entry
-                            : -1);
+                        sink || latest ? sequence_slots[static_cast<size_t>(b)] * int64_t{case_.sinks + ring()} + entry
+                                       : -1);
                 }
             }
         }
@@ -482,9 +481,7 @@ TEST(CudaAttention, HalfAndBfloat) {
 TEST(CudaAttention, ManyRandomShapes) {
     TQ_NEED_GPU();
     std::mt19937 random(99);
-    const auto pick = [&random](std::initializer_list<int> from) {
-        return *(from.begin() + random() % from.size());
-    };
+    const auto pick = [&random](std::initializer_list<int> from) { return *(from.begin() + random() % from.size()); };
     for (uint32_t seed = 0; seed < 60; ++seed) {
         AttentionCase c;
         c.seed = seed;

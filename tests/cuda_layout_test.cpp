@@ -24,8 +24,7 @@ TEST(CudaLayout, EveryBitOfASideBelongsToOneCode) {
                 const int planes = plane_widths(bits, widths);
                 for (int token = 0; token < kTileTokens; ++token) {
                     for (int channel = 0; channel < head_size; ++channel) {
-                        const CodePlace at =
-                            key ? key_place(head_size, token, channel) : value_place(token, channel);
+                        const CodePlace at = key ? key_place(head_size, token, channel) : value_place(token, channel);
                         ASSERT_GE(at.lane, 0);
                         ASSERT_LT(at.lane, kLanes);
                         ASSERT_LT(at.group, head_size / 8);

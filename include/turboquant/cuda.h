@@ -108,7 +108,8 @@ typedef struct tq_cuda_attention {
     const float* sink_logits;      /* device, [heads], or null: one more logit that takes probability, gives nothing */
     void* workspace;               /* device, 256-byte aligned, zeroed once before its first use; kept by later calls */
     size_t workspace_size;
-    int32_t n_blocks; /* thread blocks; 0: what fills the current device. Fix it for a captured plan on another device */
+    int32_t
+        n_blocks; /* thread blocks; 0: what fills the current device. Fix it for a captured plan on another device */
 } tq_cuda_attention;
 
 /* Bytes of workspace that an attention of this shape needs on the current device. Reads no pointers. */

@@ -113,6 +113,11 @@ PagesArgs pages_args(const tq_cuda_cache& c) {
     p.page_size = c.page_size;
     p.kv_heads = c.kv_heads;
     p.tile_bytes = cache_tile_bytes(c);
+    for (int channel = 0; channel < c.head_size; ++channel) {
+        if (turboquant::rotation_sign(c.head_size, channel) < 0) {
+            p.signs[channel / 32] |= 1U << (channel % 32);
+        }
+    }
     p.side[0] = side_table(c.key_bits, turboquant::ScaleRule::unbiased);
     p.side[1] = side_table(c.value_bits, turboquant::ScaleRule::matched);
     return p;

@@ -24,7 +24,7 @@ struct AttendArgs {
     const int32_t* lengths;
     const int32_t* sequence_slots;
     const float* sink_logits;
-    float* partial; // [2 * blocks][rows of an item][head_size + 4]
+    float* partial;    // [2 * blocks][rows of an item][head_size + 4]
     int32_t* counters; // [items], zero between calls
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
@@ -39,7 +39,7 @@ struct AttendArgs {
     int32_t stages;
     int32_t sinks, ring, window, sliding_window;
     int32_t causal;
-    float scale_log2;  // of scores, into units of log2; with soft-cap: scale / softcap
+    float scale_log2;   // of scores, into units of log2; with soft-cap: scale / softcap
     float softcap_log2; // 0: none; else softcap * log2(e)
 };
 

@@ -617,7 +617,8 @@ struct Attend {
     __device__ __forceinline__ void run() {
         const int per_sequence = a.kv_heads * a.query_blocks;
         if (lane == 0) {
-            for (int s = 0; s < a.stages; ++s) {
+#pragma unroll
+            for (int s = 0; s < kMostStages; ++s) {
                 barrier_init(barriers + s);
             }
             barrier_fence();
@@ -644,6 +645,7 @@ struct Attend {
             const int whole = per <= longest ? (longest + longest / per - 1) / (longest / per)
                                              : (per + longest - 1) / longest * longest;
             per = whole - per <= per / 8 ? whole : per;
+            per = max(per, min(WARPS, longest)); // fewer blocks to merge, each warp still has one chunk
         }
         const int begin = static_cast<int>(blockIdx.x) * per;
         const int end = min(begin + per, total);

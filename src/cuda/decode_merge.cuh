@@ -153,13 +153,18 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::share_ite
             return i < n && at < D ? __ldcg(reinterpret_cast<const float4*>(slot(i) + row * kStride + at))
                                    : float4{0, 0, 0, 0};
         };
+        const auto state_of = [&](int i) {
+            return i < n ? __ldcg(reinterpret_cast<const float2*>(slot(i) + row * kStride + D)) : float2{-INFINITY, 0};
+        };
         float4 early[kEarly][kVectors];
+        float2 early_state[kEarly];
 #pragma unroll
         for (int k = 0; k < kEarly; ++k) {
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 early[k][v] = load(part + k * kSplit, v);
             }
+            early_state[k] = state_of(part + k * kSplit);
         }
         float top = -INFINITY;
         for (int i = lane; i < n; i += 32) {
@@ -172,9 +177,7 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::share_ite
         const float base = top == -INFINITY ? 0 : top;
         float total = 0;
         float4 y[kVectors] = {};
-        const auto add = [&](int i, const float4(&x)[kVectors]) {
-            const float2 state = i < n ? __ldcg(reinterpret_cast<const float2*>(slot(i) + row * kStride + D))
-                                       : float2{-INFINITY, 0};
+        const auto add = [&](const float2& state, const float4(&x)[kVectors]) {
             const float factor = exp2_fast(state.x - base);
             total = fmaf(state.y, factor, total);
 #pragma unroll
@@ -187,7 +190,7 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::share_ite
         };
 #pragma unroll
         for (int k = 0; k < kEarly; ++k) {
-            add(part + k * kSplit, early[k]);
+            add(early_state[k], early[k]);
         }
 #pragma unroll 4
         for (int i = part + kEarly * kSplit; i < n; i += kSplit) {
@@ -196,7 +199,7 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::share_ite
             for (int v = 0; v < kVectors; ++v) {
                 x[v] = load(i, v);
             }
-            add(i, x);
+            add(state_of(i), x);
         }
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {

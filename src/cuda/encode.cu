@@ -13,7 +13,7 @@ constexpr uint32_t kInfinity = 0x7f800000U;
 constexpr uint32_t kOrdinaryLow = (127U - 30U) << 23;
 constexpr uint32_t kOrdinaryHigh = (127U + 30U) << 23;
 constexpr int kTagElements = 64; // of a row: their lowest fp16 bit is always zero (docs/format.md)
-constexpr int kEncodeThreads = 256;
+constexpr int kEncodeThreads = 512; // 16 lanes a row, 16 rows, keys and values
 
 // Sums and maxima over the 16 lanes of a row, in the order that the format fixes.
 __device__ __forceinline__ float sum16(float x) {
@@ -38,6 +38,14 @@ struct Row {
     uint32_t top; // largest magnitude, bits
 };
 
+template <int N, class T>
+__device__ __forceinline__ void load_strided(float (&y)[N], const T* x) { // every 16th element
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        y[k] = static_cast<float>(x[16 * k]);
+    }
+}
+
 // Rounds to fp16 as the CPU does and gives the row's conditioned, rotated numbers.
 template <int D>
 __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_t token, int head, int l, Row<D>& row) {
@@ -47,7 +55,17 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
     bool finite = true;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-        row.y[k] = there ? load_element(a.x[side], at + l + 16 * k, a.type) : 0;
+        row.y[k] = 0;
+    }
+    if (there && a.type == 0) {
+        load_strided(row.y, static_cast<const float*>(a.x[side]) + at + l);
+    } else if (there && a.type == 1) {
+        load_strided(row.y, static_cast<const __half*>(a.x[side]) + at + l);
+    } else if (there) {
+        load_strided(row.y, static_cast<const __nv_bfloat16*>(a.x[side]) + at + l);
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
         finite = finite && (__float_as_uint(row.y[k]) & 0x7fffffffU) < kInfinity;
     }
     const unsigned same = kAll; // every lane takes part; the ballot is cut to the row's half
@@ -64,7 +82,8 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
             h &= 0xfffeU;
         }
         x = __half2float(__ushort_as_half(h));
-        const float sign = rotation_sign_device(D, channel);
+        // Lane l's channel l + 16 k is bit l + 16 (k % 2) of word k / 2.
+        const float sign = (a.cache.signs[k / 2] >> (l + 16 * (k % 2)) & 1U) != 0 ? -1.0F : 1.0F;
         float factor = sign;
         float mean = 0;
         if (side == 0 && a.cache.lambda != nullptr) {
@@ -108,6 +127,26 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
 
 __device__ __forceinline__ float rule_scale(float norm2, float dot, float code2, int rule) {
     return rule == 0 ? __fdiv_rn(norm2, dot) : rule == 1 ? __fsqrt_rn(__fdiv_rn(norm2, code2)) : __fdiv_rn(dot, code2);
+}
+
+// How many thresholds lie below a magnitude, by halving, and the codebook's integer there.
+template <int BITS>
+__device__ __forceinline__ void find_level(const float (&threshold)[(1 << (BITS - 1)) - 1], float magnitude,
+                                           uint32_t& index, float& level) {
+    constexpr int kThresholds = (1 << (BITS - 1)) - 1;
+    constexpr uint32_t kLow = BITS == 2 ? 0x00007523U : BITS == 3 ? 0x7549290dU : 0x25190f05U; // 35 117, 13 41 73 117
+    constexpr uint32_t kHigh = 0x6b513f31U;                                                    // 49 63 81 107
+    const bool upper = magnitude > threshold[kThresholds / 2];
+    index = upper ? (kThresholds + 1) / 2 : 0;
+    if constexpr (BITS == 3) {
+        index += magnitude > (upper ? threshold[2] : threshold[0]) ? 1 : 0;
+    } else if constexpr (BITS == 4) {
+        const bool middle = magnitude > (upper ? threshold[5] : threshold[1]);
+        index += middle ? 2 : 0;
+        const float last = upper ? (middle ? threshold[6] : threshold[4]) : (middle ? threshold[2] : threshold[0]);
+        index += magnitude > last ? 1 : 0;
+    }
+    level = static_cast<float>(prmt(kLow, kHigh, index) & 255U);
 }
 
 // Codes of a row, channel c's to codes[c]; returns the scale, in every lane.
@@ -165,16 +204,12 @@ __device__ __forceinline__ uint16_t encode_row(const SideTable& table, const Row
         for (int k = 0; k < kOwn; ++k) {
             const float v = __fmul_rn(row.y[k], shrink);
             const float magnitude = fabsf(v);
-            int found = table.first_level;
-#pragma unroll
-            for (int s = 0; s < kThresholds; ++s) {
-                found += magnitude > threshold[s] ? table.step[s] : 0;
-            }
-            const float level = static_cast<float>(found & 255);
+            uint32_t index;
+            float level;
+            find_level<BITS>(threshold, magnitude, index, level);
             dot = __fadd_rn(dot, __fmul_rn(magnitude, level));
             code2 = __fadd_rn(code2, __fmul_rn(level, level));
-            code[k] = static_cast<uint8_t>(static_cast<uint32_t>(found >> 8) |
-                                           (__float_as_uint(v) >> 31 << (BITS - 1)));
+            code[k] = static_cast<uint8_t>(index | (__float_as_uint(v) >> 31 << (BITS - 1)));
         }
     }
     dot = sum16(dot);
@@ -196,7 +231,7 @@ __device__ __forceinline__ uint16_t encode_row(const SideTable& table, const Row
 template <int D, int WIDTH>
 __device__ __forceinline__ uint32_t gather_word(const uint8_t* codes, int side, int lane, int word, int shift) {
     uint32_t out = 0;
-    constexpr int kGroups = 4 * (8 / WIDTH) / 4; // groups of 4 codes in a word
+    constexpr int kGroups = 8 / WIDTH; // of 4 codes in a word
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
         const int group = word * kGroups + i;
@@ -218,11 +253,11 @@ __device__ __forceinline__ uint32_t gather_word(const uint8_t* codes, int side, 
     return out;
 }
 
-// All words of a side of a full tile. The whole block.
+// All words of a side of a full tile, by the 256 threads of that side.
 template <int D, int WIDTH>
 __device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, int side, int shift) {
     constexpr int kWords = words_per_lane(D, WIDTH);
-    for (int at = threadIdx.x; at < kWords * kLanes; at += kEncodeThreads) {
+    for (int at = threadIdx.x % 256; at < kWords * kLanes; at += 256) {
         // In the order of memory: at = (chunk * 32 + lane) * chunk words + word within
         constexpr int kChunk = chunk_words(D, WIDTH);
         const int word = at / (kChunk * kLanes) * kChunk + at % kChunk;
@@ -231,27 +266,38 @@ __device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, 
     }
 }
 
-// One code into a page that other tokens share words of: each code's bits belong to one token of the call.
-__device__ __forceinline__ void put_field(uint8_t* plane, int head_size, int width, const CodePlace& place,
-                                          uint32_t field) {
-    const WordPlace w = word_place(width, place.group, place.element);
-    auto* const word = reinterpret_cast<uint32_t*>(plane + word_offset(head_size, width, place.lane, w.word));
-    const uint32_t mask = ((1U << width) - 1U) << w.bit;
-    atomicAnd(word, ~mask);
-    atomicOr(word, field << w.bit);
-}
-
-template <int D>
-__device__ __forceinline__ void put_row(uint8_t* tile, int side, int bits, int key_bytes, int token,
-                                        const uint8_t* codes) {
-    uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
-    const int low = low_width(bits);
-    for (int channel = threadIdx.x % 32; channel < D; channel += 32) {
-        const CodePlace place = side == 0 ? key_place(D, token, channel) : value_place(token, channel);
-        const uint32_t code = codes[channel];
-        put_field(base, D, low, place, code & ((1U << low) - 1U));
-        if (bits == 3) {
-            put_field(base + plane_bytes(D, 2), D, 1, place, code >> 2);
+// One token's words of a plane, by a warp. Other tokens of the call may share a word, but no bit of it.
+template <int D, int WIDTH>
+__device__ __forceinline__ void put_row(uint8_t* plane, int side, int token, const uint8_t* codes, int shift) {
+    constexpr int kWords = words_per_lane(D, WIDTH);
+    constexpr int kGroups = 8 / WIDTH; // of 4 codes in a word
+    const int lanes = side == 0 ? 4 : 8; // that hold the token's codes
+    for (int at = threadIdx.x % 32; at < lanes * kWords; at += 32) {
+        const int lane = side == 0 ? token % 8 * 4 + at % 4 : at % 8 * 4 + token % 8 / 2;
+        const int word = at / lanes;
+        uint32_t value = 0;
+        uint32_t mask = 0;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            const int group = word * kGroups + i;
+#pragma unroll
+            for (int element = 0; element < 4; ++element) {
+                const bool own = side == 0 ? group % 4 / 2 == token / 8 : element == token % 2 * 2 + token / 8;
+                const int channel = side == 0 ? lane % 4 * (D / 4) + group / 4 * 8 + group % 2 * 4 + element
+                                              : group / 2 * 16 + group % 2 * 8 + lane / 4;
+                if (own) {
+                    const int bit = word_place(WIDTH, group, element).bit;
+                    mask |= ((1U << WIDTH) - 1U) << bit;
+                    value |= (codes[channel] >> shift & ((1U << WIDTH) - 1U)) << bit;
+                }
+            }
+        }
+        auto* const to = reinterpret_cast<uint32_t*>(plane + word_offset(D, WIDTH, lane, word));
+        if (mask == 0xffffffffU) {
+            *to = value;
+        } else if (mask != 0) {
+            atomicAnd(to, ~mask);
+            atomicOr(to, value);
         }
     }
 }
@@ -264,24 +310,33 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
     __shared__ int64_t slots[kTileTokens];
     const int head = blockIdx.y;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
-    if (threadIdx.x < kTileTokens) {
-        const int64_t token = first + threadIdx.x;
-        const int64_t slot = token < a.n ? a.slots[token] : -1;
-        slots[threadIdx.x] = slot < a.cache.n_slots ? slot : -1;
+    __shared__ bool whole_tile; // the rows fill a tile in order
+    if (threadIdx.x < 32) {
+        const int64_t token = first + threadIdx.x % kTileTokens;
+        int64_t slot = token < a.n ? a.slots[token] : -1;
+        slot = slot < a.cache.n_slots ? slot : -1;
+        const int64_t slot0 = __shfl_sync(kAll, slot, 0);
+        const bool fits = slot0 >= 0 && slot0 % kTileTokens == 0 && slot == slot0 + threadIdx.x % kTileTokens;
+        const bool all = __all_sync(kAll, fits);
+        if (threadIdx.x < kTileTokens) {
+            slots[threadIdx.x] = slot;
+        }
+        if (threadIdx.x == 0) {
+            whole_tile = all;
+        }
     }
-    const int own = threadIdx.x / 16; // of the 16 rows
+    const int side = threadIdx.x / 256;
+    const int own = threadIdx.x / 16 % 16; // of the 16 rows
     const int l = threadIdx.x % 16;
     const int64_t exact = a.exact_rows != nullptr && first + own < a.n ? a.exact_rows[first + own] : -1;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
+    {
         Row<D> row;
         rotate_row<D>(a, side, first + own, head, l, row);
         if (exact >= 0) {
             uint16_t* const to = a.exact[side] + (exact * a.cache.kv_heads + head) * D;
 #pragma unroll
             for (int k = 0; k < Row<D>::kOwn; ++k) {
-                to[l + 16 * k] =
-                    __half_as_ushort(__float2half_rn(fminf(fmaxf(row.y[k], -65504.0F), 65504.0F)));
+                to[l + 16 * k] = __half_as_ushort(__float2half_rn(fminf(fmaxf(row.y[k], -65504.0F), 65504.0F)));
             }
         }
         const SideTable& table = a.cache.side[side];
@@ -297,11 +352,6 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
         }
     }
     __syncthreads();
-    const int64_t slot0 = slots[0];
-    bool full = slot0 >= 0 && slot0 % kTileTokens == 0;
-    for (int i = 0; i < kTileTokens; ++i) {
-        full = full && slots[i] == slot0 + i;
-    }
     const int key_bytes = side_bytes(D, a.cache.side[0].bits);
     const int code_bytes = key_bytes + side_bytes(D, a.cache.side[1].bits);
     const auto tile_of = [&](int64_t slot) {
@@ -309,38 +359,41 @@ __global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_con
         return a.cache.pages + slot / a.cache.page_size * a.cache.page_bytes +
                (head * tiles + slot % a.cache.page_size / kTileTokens) * a.cache.tile_bytes;
     };
-    if (full) {
-        uint8_t* const tile = tile_of(slot0);
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
-            const uint8_t* const from = &codes[side][0][0];
-            switch (a.cache.side[side].bits) {
-            case 2: put_plane<D, 2>(base, from, side, 0); break;
-            case 3:
-                put_plane<D, 2>(base, from, side, 0);
-                put_plane<D, 1>(base + plane_bytes(D, 2), from, side, 2);
-                break;
-            case 4: put_plane<D, 4>(base, from, side, 0); break;
-            default: put_plane<D, 8>(base, from, side, 0); break;
-            }
+    if (whole_tile) {
+        uint8_t* const tile = tile_of(slots[0]);
+        uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
+        const uint8_t* const from = &codes[side][0][0];
+        switch (a.cache.side[side].bits) {
+        case 2: put_plane<D, 2>(base, from, side, 0); break;
+        case 3:
+            put_plane<D, 2>(base, from, side, 0);
+            put_plane<D, 1>(base + plane_bytes(D, 2), from, side, 2);
+            break;
+        case 4: put_plane<D, 4>(base, from, side, 0); break;
+        default: put_plane<D, 8>(base, from, side, 0); break;
         }
-        if (threadIdx.x < 2 * kTileTokens) {
-            const int side = threadIdx.x / kTileTokens;
-            const int token = threadIdx.x % kTileTokens;
+        if (threadIdx.x % 256 < kTileTokens) {
+            const int token = threadIdx.x % 256;
             reinterpret_cast<uint16_t*>(tile + code_bytes)[scale_index(token) + 2 * side] = scales[side][token];
         }
         return;
     }
-    for (int r = threadIdx.x / 32; r < 2 * kTileTokens; r += kEncodeThreads / 32) {
-        const int side = r / kTileTokens;
-        const int i = r % kTileTokens;
+    for (int i = threadIdx.x % 256 / 32; i < kTileTokens; i += 8) { // a warp a row
         if (slots[i] < 0) {
             continue;
         }
         uint8_t* const tile = tile_of(slots[i]);
         const int token = static_cast<int>(slots[i] % kTileTokens);
-        put_row<D>(tile, side, a.cache.side[side].bits, key_bytes, token, codes[side][i]);
+        uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
+        switch (a.cache.side[side].bits) {
+        case 2: put_row<D, 2>(base, side, token, codes[side][i], 0); break;
+        case 3:
+            put_row<D, 2>(base, side, token, codes[side][i], 0);
+            put_row<D, 1>(base + plane_bytes(D, 2), side, token, codes[side][i], 2);
+            break;
+        case 4: put_row<D, 4>(base, side, token, codes[side][i], 0); break;
+        default: put_row<D, 8>(base, side, token, codes[side][i], 0); break;
+        }
         if (threadIdx.x % 32 == 0) {
             reinterpret_cast<uint16_t*>(tile + code_bytes)[scale_index(token) + 2 * side] = scales[side][i];
         }

@@ -26,6 +26,7 @@ struct PagesArgs {
     int32_t page_size;
     int32_t kv_heads;
     int32_t tile_bytes;
+    uint32_t signs[8]; // of the rotation, bit c % 32 of word c / 32: channel c is negated
     SideTable side[2]; // keys, values
 };
 
