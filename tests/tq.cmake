@@ -53,5 +53,5 @@ endforeach()
 foreach(group IN ITEMS Restart BenchServe Soak)
     add_test(NAME tq_${group}
              COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tq_load_test.py $<TARGET_FILE:tq> ${group})
-    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 300 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
+    set_tests_properties(tq_${group} PROPERTIES LABELS tq TIMEOUT 480 SKIP_REGULAR_EXPRESSION "SKIPPED: ")
 endforeach()

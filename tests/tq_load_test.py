@@ -274,7 +274,7 @@ class Soak(Case):
     def test_three_hundred(self):
         done = subprocess.run([sys.executable, ROOT / "scripts/soak", "--tq", program.TQ, "-m", MODEL, "--requests", "300", "--clients",
                                "6", "--threads", "2", "--growth", "25", "--session-dir", os.path.join(program.WORK, "soak")],
-                              capture_output=True, text=True, timeout=280, env=environment(), check=False)
+                              capture_output=True, text=True, timeout=460, env=environment(), check=False)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("soak: passed: 0 wrong, 0 lost", done.stdout)
         counts = {name: int(n) for n, name in re.findall(r"(?m)^ +(\d+) (.*)$", done.stdout)}

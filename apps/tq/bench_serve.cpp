@@ -425,8 +425,8 @@ private:
     }
 
     static constexpr int kStreams = 3;
-    static constexpr int64_t kMargin = 256;    // questions and short answers behind a prefix, prompts a little too long
-    static constexpr int64_t kMostSlots = 256; // libllama's LLAMA_MAX_SEQ
+    static constexpr int64_t kMargin = 256;   // questions and short answers behind a prefix, prompts a little too long
+    static constexpr int64_t kMostSlots = 64; // what tq serve --parallel takes
 
     ServeBenchFlags flags_;
     std::set<std::string> tests_;
