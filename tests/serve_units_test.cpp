@@ -301,8 +301,8 @@ TEST(ParseChat, WhatWouldChangeTheAnswerIsRefusedByName) {
         {"messages", R"("messages":[{"role":"tool","content":"x"}])"},
     };
     for (const auto& [param, fields] : cases) {
-        EXPECT_EQ(error_of([&] { chat_with(fields); }).rfind("400 " + std::string(param) + ":", 0), 0U)
-            << fields << " " << error_of([&] { chat_with(fields); });
+        const std::string error = error_of([&, &body = fields] { chat_with(body); });
+        EXPECT_EQ(error.rfind("400 " + std::string(param) + ":", 0), 0U) << fields << " " << error;
     }
 }
 

@@ -74,8 +74,8 @@ protected:
         }
     }
 
-    fs::path root_;
-    fs::path path_;
+    fs::path root_; // NOLINT(readability-identifier-naming): as private members
+    fs::path path_; // NOLINT(readability-identifier-naming)
 };
 
 class ArchiveTest : public SessionTest {};
@@ -87,7 +87,7 @@ protected:
     size_t files() const {
         return static_cast<size_t>(std::distance(fs::directory_iterator(root_ / "sessions"), fs::directory_iterator()));
     }
-    std::vector<std::string> notices_;
+    std::vector<std::string> notices_; // NOLINT(readability-identifier-naming)
 };
 
 TEST_F(ArchiveTest, ComesBackAsItWas) {
@@ -422,6 +422,7 @@ TEST_F(FolderTest, TheStoreFindsWhatIsNotWrittenYetAndWhatIs) {
 TEST_F(FolderTest, TheStoreTakesSeveralThreads) {
     serve::FolderStore store(root_ / "sessions", kOrigin, 1 << 30, {});
     std::vector<std::thread> threads;
+    threads.reserve(4);
     for (int t = 0; t < 4; ++t) {
         threads.emplace_back([&store, t] {
             for (int i = 0; i < 10; ++i) {

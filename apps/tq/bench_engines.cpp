@@ -41,7 +41,7 @@ std::vector<float> normal_numbers(size_t n, unsigned seed) {
 }
 
 void run_openmp(void* context, int64_t n_tasks, ParallelFor::Task task, void* arg) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(*static_cast<const int*>(context))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(*static_cast <const int*>(context))
     for (int64_t i = 0; i < n_tasks; ++i) {
         task(arg, i, omp_get_thread_num());
     }

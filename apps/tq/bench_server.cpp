@@ -106,6 +106,8 @@ ServerProcess::ServerProcess(ServerSpec spec) : spec_(std::move(spec)) {
     }
     std::vector<char*> arguments;
     std::vector<char*> environment;
+    arguments.reserve(words.size() + 1);
+    environment.reserve(variables.size() + 1);
     for (std::string& word : words) {
         arguments.push_back(word.data());
     }

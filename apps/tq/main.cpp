@@ -41,12 +41,15 @@ int run(int argc, char** argv) {
     bool show_version = false;
     program.add_flag("--version", show_version, "print the version");
 
-    std::vector<std::pair<std::string, app::Command>> commands = {
-        {"run", app::add_run(program)},     {"chat", app::add_chat(program)},
-        {"serve", app::add_serve(program)},
-        {"info", app::add_info(program)},   {"demo", app::add_demo(program)},
-        {"eval", app::add_eval(program)},   {"tune", app::add_tune(program)},
-        {"bench", app::add_bench(program)}, {"plugin-path", app::add_plugin_path(program)}};
+    std::vector<std::pair<std::string, app::Command>> commands = {{"run", app::add_run(program)},
+                                                                  {"chat", app::add_chat(program)},
+                                                                  {"serve", app::add_serve(program)},
+                                                                  {"info", app::add_info(program)},
+                                                                  {"demo", app::add_demo(program)},
+                                                                  {"eval", app::add_eval(program)},
+                                                                  {"tune", app::add_tune(program)},
+                                                                  {"bench", app::add_bench(program)},
+                                                                  {"plugin-path", app::add_plugin_path(program)}};
     program.add_subcommand("version", "print the version");
 
     std::string words;

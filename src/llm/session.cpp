@@ -28,14 +28,14 @@ const char* stop_name(Stop stop) {
 }
 
 Session::Session(const Model& model, const SessionOptions& options) : model_(model), options_(options) {
-    Context context = make_context(
-        model, {.kv = options_.kv,
-                .plan = options_.plan,
-                .batch = kBatch,
-                .threads = options_.threads,
-                .full_cache = options_.full_cache,
-                .abort = [](void* self) { return static_cast<Session*>(self)->interrupted(); },
-                .abort_data = this});
+    Context context =
+        make_context(model, {.kv = options_.kv,
+                             .plan = options_.plan,
+                             .batch = kBatch,
+                             .threads = options_.threads,
+                             .full_cache = options_.full_cache,
+                             .abort = [](void* self) { return static_cast<Session*>(self)->interrupted(); },
+                             .abort_data = this});
     ctx_ = std::move(context.handle);
     kv_bytes_ = context.kv_bytes;
     kv_f16_bytes_ = context.kv_f16_bytes;

@@ -53,11 +53,11 @@ bool Auth::allows(std::string_view authorization) const {
     if (!needed()) {
         return true;
     }
-    constexpr std::string_view scheme = "bearer ";
-    const bool bearer = authorization.size() > scheme.size() &&
-                        std::equal(scheme.begin(), scheme.end(), authorization.begin(),
+    constexpr std::string_view kScheme = "bearer ";
+    const bool bearer = authorization.size() > kScheme.size() &&
+                        std::equal(kScheme.begin(), kScheme.end(), authorization.begin(),
                                    [](char a, char b) { return a == std::tolower(static_cast<unsigned char>(b)); });
-    const std::string_view given = bearer ? authorization.substr(scheme.size()) : std::string_view();
+    const std::string_view given = bearer ? authorization.substr(kScheme.size()) : std::string_view();
     bool allowed = false;
     for (const std::string& key : keys_) { // all of them, found or not
         allowed = same_secret(given, key) || allowed;

@@ -339,7 +339,7 @@ void Server::Impl::add_hooks() {
     });
     http.set_error_handler(httplib::Server::Handler(
         [this](const httplib::Request& request, httplib::Response& response) { on_error(request, response); }));
-    http.set_exception_handler([this](const httplib::Request&, httplib::Response& response, std::exception_ptr) {
+    http.set_exception_handler([this](const httplib::Request&, httplib::Response& response, const std::exception_ptr&) {
         log.failure(this_request().id, "an exception that no handler expected");
         response.status = 500;
     });
