@@ -267,7 +267,8 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({
             "gpu": properties.name, "date": datetime.date.today().isoformat(), "driver": driver,
-            "torch": torch.__version__, "cuda": torch.version.cuda, "head_size": HEAD_SIZE, "heads": HEADS,
+            "torch": torch.__version__, "cuda": torch.version.cuda,
+            "flashinfer": getattr(sys.modules.get("flashinfer"), "__version__", None), "head_size": HEAD_SIZE, "heads": HEADS,
             "kv_heads": KV_HEADS, "page_size": args.page_size, "repeats": args.repeats,
             "method": "CUDA graph over rotated caches, median", "results": results}, indent=1) + "\n")
         print(f"wrote {path}")
