@@ -60,7 +60,7 @@ class Kld(Case):
         self.assertLess(q8_0, four / 4)
         self.assertGreater(rows[1]["top1"], rows[3]["top1"])
         self.assertAlmostEqual(rows[0]["ppl"], rows[0]["ppl_base"], delta=0.01 * rows[0]["ppl"])
-        self.assertGreater(rows[3]["ppl"], 1.05 * rows[3]["ppl_base"]) # 127 positions: 1.15 to 1.3 on different processors
+        self.assertGreater(rows[3]["ppl"], 1.05 * rows[3]["ppl_base"]) # of 127 positions: 1.15 on one processor, above 1.2 on another
         self.assertEqual([row["bits_per_value"] for row in rows], [16, 8.25, 4.25, 2.25, 4.25, 8.5, 16])
         self.assertGreater(rows[4]["exact_bytes"], rows[2]["exact_bytes"])
         self.assertIn("base (f16)", first.err)
