@@ -376,7 +376,8 @@ class Keeping(Case):
             self.page.click("#export")
             path = os.path.join(folder, "conversations.json")
             end = time.monotonic() + 10
-            while not os.path.exists(path) and time.monotonic() < end:
+            # An empty file keeps the name until the download is moved over it.
+            while not (os.path.exists(path) and os.path.getsize(path) > 0) and time.monotonic() < end:
                 self.browser.pump(0.05)
             with open(path, encoding="utf-8") as file:
                 saved = json.load(file)
