@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import unittest
 from xml.etree import ElementTree
 
 import tq_program_test as program
@@ -230,17 +229,5 @@ class BenchErrors(Case):
         self.assertEqual([path for path in pathlib.Path(cache).glob("turboquant.cpp/*") if path.is_dir()], [])
 
 
-GROUPS = {group.__name__: group for group in (BenchAttention, BenchEncode, BenchDecode, BenchPrefill, BenchErrors)}
-
-
-def main():
-    program.TQ, group = os.path.abspath(sys.argv[1]), sys.argv[2]
-    with tempfile.TemporaryDirectory() as work:
-        program.WORK = work
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(GROUPS[group])
-        ok = unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
-    sys.exit(0 if ok else 1)
-
-
 if __name__ == "__main__":
-    main()
+    program.run_group((BenchAttention, BenchEncode, BenchDecode, BenchPrefill, BenchErrors), needs_model=False)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest
 from xml.etree import ElementTree
 
 import tq_program_test as program
@@ -201,20 +200,5 @@ class EvalErrors(Case):
         self.assertEqual(list(pathlib.Path(cache).glob("turboquant/eval/*")), [])
 
 
-GROUPS = {group.__name__: group for group in (Kld, Ppl, Niah, EvalErrors)}
-
-
-def main():
-    program.TQ, group = os.path.abspath(sys.argv[1]), sys.argv[2]
-    if not os.path.isfile(MODEL):
-        print(f"SKIPPED: TQ_TEST_SMOLLM2 is not a model file ({MODEL or 'not set'})")
-        return
-    with tempfile.TemporaryDirectory() as work:
-        program.WORK = work
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(GROUPS[group])
-        ok = unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
-    sys.exit(0 if ok else 1)
-
-
 if __name__ == "__main__":
-    main()
+    program.run_group((Kld, Ppl, Niah, EvalErrors))

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest
 import urllib.error
 import urllib.request
 
@@ -283,21 +282,9 @@ class Soak(Case):
         self.assertGreater(counts["hung up"], 15)
 
 
-GROUPS = {group.__name__: group for group in (Restart, BenchServe, Soak)}
-
-
-def main():
-    program.TQ, group = os.path.abspath(sys.argv[1]), sys.argv[2]
-    if not os.path.isfile(MODEL):
-        print(f"SKIPPED: TQ_TEST_SMOLLM2 is not a model file ({MODEL or 'not set'})")
-        return
-    with tempfile.TemporaryDirectory() as work:
-        program.WORK = work
-        program.tq("tune", MODEL, "--tokens", 256, "--threads", 2).check_returncode()  # or the first server would do it
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(GROUPS[group])
-        ok = unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
-    sys.exit(0 if ok else 1)
+def make_profile():
+    program.tq("tune", MODEL, "--tokens", 256, "--threads", 2).check_returncode()  # or the first server would do it
 
 
 if __name__ == "__main__":
-    main()
+    program.run_group((Restart, BenchServe, Soak), before=make_profile)

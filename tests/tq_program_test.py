@@ -688,6 +688,21 @@ class Demo(Case):
         self.assertIn("plugin-path) llama-server --device TQ0 -fa on -m " + MODEL, done.out)
 
 
+def run_group(groups, needs_model=True, before=None):
+    """The main of other test files: argv is TQ GROUP. `before` runs once WORK is there. Ends the process."""
+    global TQ, WORK  # pylint: disable=global-statement
+    TQ, group = os.path.abspath(sys.argv[1]), sys.argv[2]
+    if needs_model and not os.path.isfile(MODEL):
+        print(f"SKIPPED: TQ_TEST_SMOLLM2 is not a model file ({MODEL or 'not set'})")
+        sys.exit(0)
+    with tempfile.TemporaryDirectory() as WORK:
+        if before:
+            before()
+        suite = unittest.defaultTestLoader.loadTestsFromTestCase({each.__name__: each for each in groups}[group])
+        ok = unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful()
+    sys.exit(0 if ok else 1)
+
+
 if __name__ == "__main__":
     TQ = os.path.abspath(sys.argv[1])
     group = sys.argv[2]

@@ -1,6 +1,7 @@
 #include "bench.h"
 
 #include "eval.h"
+#include "options.h"
 
 #include "llm/error.h"
 #include "llm/evaluation.h"
@@ -29,9 +30,7 @@ void check_flags(const BenchFlags& flags) {
     if (flags.output != "md" && flags.output != "csv" && flags.output != "json") {
         throw llm::UsageError(fmt::format("-o {}: use md, csv or json", flags.output));
     }
-    if (flags.rounds < 1 || flags.rounds > 10000) {
-        throw llm::UsageError(fmt::format("--rounds {}: use a number from 1 to 10000", flags.rounds));
-    }
+    check_range("--rounds", flags.rounds, 1, 10000);
     if (!flags.threads.empty()) {
         parse_numbers("--threads", flags.threads, 1, 512);
     }

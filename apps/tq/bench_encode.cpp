@@ -1,6 +1,7 @@
 // tq bench encode: what it costs to encode a head vector, alone and as part of writing a row to the store.
 #include "bench.h"
 #include "bench_engines.h"
+#include "options.h"
 #include "terminal.h"
 
 #include "llm/error.h"
@@ -59,9 +60,7 @@ public:
         }
         const std::vector<int64_t> bits = parse_numbers("--bits", flags.bits, 2, 8);
         const std::vector<int64_t> sizes = parse_numbers("--head-dim", flags.head_dim, 4, 1024);
-        if (flags.kv_heads < 1 || flags.kv_heads > 1024) {
-            throw llm::UsageError(fmt::format("--kv-heads {}: use a number from 1 to 1024", flags.kv_heads));
-        }
+        check_range("--kv-heads", flags.kv_heads, 1, 1024);
         if (flags.least_ms < 1 || flags.least_ms > 60000) {
             throw llm::UsageError(
                 fmt::format("--least {}: use a number of milliseconds from 1 to 60000", flags.least_ms));

@@ -3,6 +3,7 @@
 #include "bench.h"
 #include "bench_load.h"
 #include "bench_server.h"
+#include "options.h"
 #include "terminal.h"
 
 #include "llm/error.h"
@@ -79,18 +80,13 @@ public:
             tests_.insert(test);
         }
         clients_ = parse_numbers("--clients", flags.clients, 1, 256);
-        const auto within = [](const char* flag, int64_t value, int64_t least, int64_t most) {
-            if (value < least || value > most) {
-                throw llm::UsageError(fmt::format("{} {}: use a number from {} to {}", flag, value, least, most));
-            }
-        };
-        within("--requests", flags.requests, 1, 100000);
-        within("--prompt-tokens", flags.prompt_tokens, 16, 1 << 20);
-        within("--answer-tokens", flags.answer_tokens, 2, 1 << 20);
-        within("--prefix-tokens", flags.prefix_tokens, 64, 1 << 20);
-        within("--long-tokens", flags.long_tokens, 512, 1 << 20);
-        within("--memory", flags.memory_mib, 1, 1 << 20);
-        within("--check", flags.check, 0, 256);
+        check_range("--requests", flags.requests, 1, 100000);
+        check_range("--prompt-tokens", flags.prompt_tokens, 16, 1 << 20);
+        check_range("--answer-tokens", flags.answer_tokens, 2, 1 << 20);
+        check_range("--prefix-tokens", flags.prefix_tokens, 64, 1 << 20);
+        check_range("--long-tokens", flags.long_tokens, 512, 1 << 20);
+        check_range("--memory", flags.memory_mib, 1, 1 << 20);
+        check_range("--check", flags.check, 0, 256);
         choose_contestants();
     }
 

@@ -203,15 +203,12 @@ int64_t ServerProcess::kv_bytes() const {
             return kv->at("bytes").get<int64_t>();
         }
     }
-    double mib = 0;
-    std::istringstream lines(log());
-    for (std::string line; std::getline(lines, line);) {
-        // "llama_kv_cache: TurboQuant KV buffer size = 27.26 MiB"
-        if (const size_t at = line.find("KV buffer size ="); at != std::string::npos) {
-            mib += std::strtod(line.c_str() + at + std::strlen("KV buffer size ="), nullptr);
-        }
+    std::vector<llm::LogLine> lines;
+    std::istringstream text(log());
+    for (std::string line; std::getline(text, line);) {
+        lines.push_back({llm::LogLevel::info, line});
     }
-    return std::llround(mib * 1024 * 1024);
+    return std::llround(llm::read_memory_log(lines).kv_buffer_mib * 1024 * 1024);
 }
 
 } // namespace turboquant::app

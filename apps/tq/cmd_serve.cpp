@@ -42,7 +42,6 @@ struct ServeFlags {
     int64_t limit = -1;
     int64_t timeout = 600;
     int64_t drain = 30;
-    uint64_t body_limit = 8u << 20;
     std::string session_dir;
     uint64_t session_limit = uint64_t{8} << 30;
     std::string key_file;
@@ -105,18 +104,13 @@ private:
 void check(const ServeFlags& flags) {
     check_flags(flags.model);
     check_flags(flags.sampling);
-    const auto check_range = [](const char* flag, int64_t value, int64_t low, int64_t high) {
-        if (value < low || value > high) {
-            throw llm::UsageError(fmt::format("{} {}: use a number from {} to {}", flag, value, low, high));
-        }
-    };
     check_range("--port", flags.server.port, 0, 65535);
     check_range("--parallel", flags.parallel.value_or(1), 1, kMostSlots);
     check_range("--queue", flags.queue, 0, 1000);
     check_range("--timeout", flags.timeout, 1, 1'000'000);
     check_range("--drain", flags.drain, 0, 1'000'000);
     check_range("-n", flags.limit, -1, 1'000'000'000);
-    check_range("--body-limit", static_cast<int64_t>(flags.body_limit), 1024, int64_t{1} << 30);
+    check_range("--body-limit", static_cast<int64_t>(flags.server.body_limit), 1024, int64_t{1} << 30);
     if (flags.log_format != "text" && flags.log_format != "json" && flags.log_format != "none") {
         throw llm::UsageError(fmt::format("--log-format {}: use text, json or none", flags.log_format));
     }
@@ -192,7 +186,6 @@ int run_server(ServeFlags flags) {
                                                        : serve::RequestLog::Format::text);
     serve::Metrics metrics;
     Signals signals;
-    flags.server.body_limit = flags.body_limit;
     flags.server.threads = slots + static_cast<int>(flags.queue) + kSpareThreads;
     serve::Server server(flags.server, metrics, log);
     server.start();
@@ -281,7 +274,7 @@ Command add_serve(CLI::App& program) {
         ->type_name("SECONDS");
     command->add_option("-n", flags->limit, "most tokens of any answer; -1: until the context is full (default)")
         ->type_name("N");
-    command->add_option("--body-limit", flags->body_limit, "largest request body (default 8MB)")
+    command->add_option("--body-limit", flags->server.body_limit, "largest request body (default 8MB)")
         ->type_name("SIZE")
         ->transform(CLI::AsSizeValue(false));
     command

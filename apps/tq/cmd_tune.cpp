@@ -91,10 +91,7 @@ nlohmann::json as_json(const std::string& path, const llm::Tuned& tuned, const s
 
 void check_flags(const TuneFlags& flags) {
     check_flags(flags.common);
-    if (flags.tokens < llm::kLeastTuningTokens || flags.tokens > (int64_t{1} << 24)) {
-        throw llm::UsageError(
-            fmt::format("--tokens {}: use a number from {} to 16777216", flags.tokens, llm::kLeastTuningTokens));
-    }
+    check_range("--tokens", flags.tokens, llm::kLeastTuningTokens, int64_t{1} << 24);
     if (flags.budget && !(*flags.budget >= 2 && *flags.budget <= 8)) { // before anything that takes time
         throw llm::UsageError(fmt::format("--budget {}: use a number of bits from 2 to 8", *flags.budget));
     }

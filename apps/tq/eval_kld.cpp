@@ -1,6 +1,7 @@
 // tq eval kld, tq eval ppl: chunks of a text through each cache.
 #include "eta.h"
 #include "eval.h"
+#include "options.h"
 #include "terminal.h"
 
 #include "llm/base_cache.h"
@@ -36,12 +37,6 @@ void add_chunk_flags(CLI::App& command, ChunkFlags& flags) {
         ->type_name("N");
 }
 
-void check_range(const char* flag, int64_t value, int64_t most) {
-    if (value < 1 || value > most) {
-        throw llm::UsageError(fmt::format("{} {}: use a number from 1 to {}", flag, value, most));
-    }
-}
-
 struct Row {
     llm::Setting setting;
     llm::Footprint size;
@@ -52,9 +47,9 @@ class ChunkRun {
 public:
     explicit ChunkRun(const ChunkFlags& flags) : flags_(flags) {
         check_flags(flags.eval);
-        check_range("--ctx", flags.context, 1 << 24);
-        check_range("--chunks", flags.chunks, 1 << 20);
-        check_range("--stride", flags.stride, 1 << 24);
+        check_range("--ctx", flags.context, 1, 1 << 24);
+        check_range("--chunks", flags.chunks, 1, 1 << 20);
+        check_range("--stride", flags.stride, 1, 1 << 24);
         settings_ = llm::parse_settings(flags.eval.kv, flags.eval.window, flags.eval.sinks);
         llm::install_log(flags.eval.verbose);
         catch_interrupts();

@@ -2,6 +2,7 @@
 #include "eta.h"
 #include "eval.h"
 #include "heat_map.h"
+#include "options.h"
 #include "terminal.h"
 
 #include "llm/chat_template.h"
@@ -54,13 +55,8 @@ class NeedleRun {
 public:
     explicit NeedleRun(const NeedleFlags& flags) : flags_(flags), variant_(parse_variant(flags.variant)) {
         check_flags(flags.eval);
-        if (flags.depths < 1 || flags.depths > static_cast<int64_t>(llm::kMostNeedles)) {
-            throw llm::UsageError(
-                fmt::format("--depths {}: use a number from 1 to {}", flags.depths, llm::kMostNeedles));
-        }
-        if (flags.haystacks < 1 || flags.haystacks > 1000) {
-            throw llm::UsageError(fmt::format("--haystacks {}: use a number from 1 to 1000", flags.haystacks));
-        }
+        check_range("--depths", flags.depths, 1, static_cast<int64_t>(llm::kMostNeedles));
+        check_range("--haystacks", flags.haystacks, 1, 1000);
         settings_ = llm::parse_settings(flags.eval.kv, flags.eval.window, flags.eval.sinks);
         if (settings_.front().label != "f16") {
             settings_.erase(std::remove_if(settings_.begin(), settings_.end(),

@@ -128,6 +128,12 @@ llm::KvChoice choose_kv(const ModelFlags& flags) {
     return llm::resolve_kv(kv);
 }
 
+void check_range(const char* flag, int64_t value, int64_t least, int64_t most) {
+    if (value < least || value > most) {
+        throw UsageError(fmt::format("{} {}: use a number from {} to {}", flag, value, least, most));
+    }
+}
+
 void check_flags(const ModelFlags& flags) {
     if (flags.context) {
         check_range("--ctx", static_cast<double>(*flags.context), 0, static_cast<double>(kMaxContext),

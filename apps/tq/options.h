@@ -47,6 +47,7 @@ void add_output_flags(CLI::App& command, ModelFlags& flags);
 llm::KvChoice choose_kv(const ModelFlags& flags);
 
 // Throws UsageError naming flag, value and what is accepted.
+void check_range(const char* flag, int64_t value, int64_t least, int64_t most);
 void check_flags(const ModelFlags& flags);
 void check_flags(const AnswerFlags& flags);
 void check_flags(const llm::SamplingFlags& sampling);

@@ -3,6 +3,7 @@
 #include "cuda/device.cuh"
 #include "cuda/encode.h"
 #include "cuda/gpu_layout.h"
+#include "cuda/unpack.cuh"
 
 namespace turboquant::cuda {
 
@@ -68,8 +69,8 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
     for (int k = 0; k < kOwn; ++k) {
         finite = finite && (__float_as_uint(row.y[k]) & 0x7fffffffU) < kInfinity;
     }
-    const unsigned same = kAll; // every lane takes part; the ballot is cut to the row's half
-    const unsigned bad = __ballot_sync(same, !finite) >> (threadIdx.x & 16U) & 0xffffU;
+    // Every lane takes part; the ballot is cut to the row's half.
+    const unsigned bad = __ballot_sync(kAll, !finite) >> (threadIdx.x & 16U) & 0xffffU;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
         const int channel = l + 16 * k;
@@ -134,8 +135,10 @@ template <int BITS>
 __device__ __forceinline__ void find_level(const float (&threshold)[(1 << (BITS - 1)) - 1], float magnitude,
                                            uint32_t& index, float& level) {
     constexpr int kThresholds = (1 << (BITS - 1)) - 1;
-    constexpr uint32_t kLow = BITS == 2 ? 0x00007523U : BITS == 3 ? 0x7549290dU : 0x25190f05U; // 35 117, 13 41 73 117
-    constexpr uint32_t kHigh = 0x6b513f31U;                                                    // 49 63 81 107
+    constexpr uint32_t kLow = BITS == 2   ? bytes_of(35, 117, 0, 0)
+                              : BITS == 3 ? bytes_of(13, 41, 73, 117)
+                                          : bytes_of(5, 15, 25, 37);
+    constexpr uint32_t kHigh = bytes_of(49, 63, 81, 107); // of 4 bits
     const bool upper = magnitude > threshold[kThresholds / 2];
     index = upper ? (kThresholds + 1) / 2 : 0;
     if constexpr (BITS == 3) {

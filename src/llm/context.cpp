@@ -5,6 +5,7 @@
 #include "llm/plugin.h"
 #include "llm/sysinfo.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -80,6 +81,15 @@ Context make_context(const Model& model, const ContextOptions& options) {
     }
     context.kv_f16_bytes = std::llround(f16);
     return context;
+}
+
+bool cut_sequence(llama_context* context, llama_seq_id sequence, int64_t keep, int64_t sliding_window) {
+    llama_memory_t memory = llama_get_memory(context);
+    // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
+    // of the first token to be read is still there.
+    const bool forgotten =
+        sliding_window > 0 && llama_memory_seq_pos_min(memory, sequence) > std::max<int64_t>(0, keep - sliding_window);
+    return keep > 0 && !forgotten && llama_memory_seq_rm(memory, sequence, static_cast<llama_pos>(keep), -1);
 }
 
 } // namespace turboquant::llm

@@ -10,11 +10,13 @@
 
 namespace turboquant::llm {
 
+constexpr int64_t kBatch = 512; // tokens a call of libllama: progress and Ctrl-C come in between
+
 struct ContextOptions {
     KvChoice kv;
     CachePlan plan;          // of one sequence: its length and the head sizes
     int sequences = 1;       // each with a cache of its own, plan.context tokens long
-    int64_t batch = 512;     // most tokens of a call of llama_decode
+    int64_t batch = kBatch;  // most tokens of a call of llama_decode
     int threads = 0;         // 0: default_threads()
     bool full_cache = false; // sliding layers keep all rows, so that going back is exact
     ggml_abort_callback abort = nullptr;
@@ -34,5 +36,10 @@ struct Context {
 // Error in one line when libllama or the plug-in refuses, or the model does not write text. The model must outlive the
 // context. Not thread-safe (environment, log).
 Context make_context(const Model& model, const ContextOptions& options);
+
+// Takes the rows from position `keep` on out of a sequence. False: nothing is to be kept, or the memory cannot go back that far (recurrent
+// state, sliding layers whose window of `sliding_window` tokens has moved on; 0: none, or they keep all rows). The sequence is
+// then good for nothing but to be cleared.
+bool cut_sequence(llama_context* context, llama_seq_id sequence, int64_t keep, int64_t sliding_window);
 
 } // namespace turboquant::llm

@@ -143,4 +143,9 @@ std::string Model::piece(Token token, bool special) const {
     return text;
 }
 
+int64_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
+    const auto end = a.begin() + static_cast<std::ptrdiff_t>(std::min(a.size(), b.size()));
+    return std::mismatch(a.begin(), end, b.begin()).first - a.begin();
+}
+
 } // namespace turboquant::llm

@@ -3,8 +3,10 @@
 
 #include "llm/kv_choice.h"
 
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +16,8 @@
 namespace turboquant::llm {
 
 using Token = llama_token;
+// How many tokens both begin with.
+int64_t common_prefix(std::span<const Token> a, std::span<const Token> b);
 // Fraction done, 0..1.
 using Progress = std::function<void(double)>;
 

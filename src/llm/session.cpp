@@ -75,18 +75,12 @@ int Session::decode(const Token* tokens, int64_t n, int8_t* outputs) {
 
 // Makes the cache hold a prefix of `tokens`, as long as possible but at most `most` of them; returns its length.
 int64_t Session::keep_common(const std::vector<Token>& tokens, int64_t most) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    most = std::min(most, static_cast<int64_t>(cached_.size()));
-    const auto common = static_cast<int64_t>(
-        std::mismatch(cached_.begin(), cached_.begin() + most, tokens.begin()).first - cached_.begin());
+    const int64_t common = std::min(most, common_prefix(cached_, tokens));
     if (common == static_cast<int64_t>(cached_.size())) {
         return common;
     }
-    // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
-    // of the first token to be read is still there.
     const int64_t window = options_.full_cache ? 0 : llama_model_n_swa(model_.get());
-    const bool forgotten = window > 0 && llama_memory_seq_pos_min(memory, 0) > std::max<int64_t>(0, common - window);
-    if (common == 0 || forgotten || !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(common), -1)) {
+    if (!cut_sequence(ctx_.get(), 0, common, window)) {
         clear();
         return 0;
     }

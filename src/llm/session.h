@@ -16,8 +16,6 @@
 
 namespace turboquant::llm {
 
-constexpr int64_t kBatch = 512; // tokens a call of libllama: progress and Ctrl-C come in between
-
 struct SessionOptions {
     KvChoice kv;
     CachePlan plan;                               // of the context wanted: its length and the head sizes

@@ -22,11 +22,6 @@ constexpr int64_t kLoadingCost = 10;
 
 } // namespace
 
-int64_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b) {
-    const size_t n = std::min(a.size(), b.size());
-    return std::mismatch(a.begin(), a.begin() + static_cast<int64_t>(n), b.begin()).first - a.begin();
-}
-
 std::string SessionFolder::file_name(const std::vector<Token>& tokens) {
     const size_t bytes = tokens.size() * sizeof(Token);
     return fmt::format("{:016x}{:016x}{}", hash_bytes(tokens.data(), bytes, 1), hash_bytes(tokens.data(), bytes, 2),

@@ -22,9 +22,6 @@ struct SavedPrefix {
     int64_t tokens = 0; // that the session holds
 };
 
-// How many tokens both begin with.
-int64_t common_prefix(const std::vector<Token>& a, const std::vector<Token>& b);
-
 class SessionFolder {
 public:
     using Notice = std::function<void(const std::string&)>;
@@ -52,9 +49,6 @@ public:
     // Whether a session with exactly these tokens is there: saving it again would be of no use.
     bool holds(const std::vector<Token>& tokens) const;
 
-    // A session that load() gave but libllama refused.
-    void forget(const std::string& name);
-
     struct Contents {
         int64_t files = 0;
         int64_t bytes = 0;
@@ -66,6 +60,7 @@ public:
 
 private:
     void scan();
+    void forget(const std::string& name);
     void make_room(int64_t bytes, const std::string& keep);
     void notice(const std::string& line) const;
 

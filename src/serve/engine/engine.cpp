@@ -13,7 +13,6 @@
 namespace turboquant::serve {
 namespace {
 
-constexpr int64_t kBatch = 512;
 constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
 constexpr int64_t kWorthSaving = 64;  // tokens: shorter prompts are read faster than fetched
 
@@ -45,7 +44,7 @@ Engine::Engine(const llm::Model& model, const EngineOptions& options, Observer& 
     : model_(model),
       options_(options),
       observer_(observer),
-      batch_limit_(std::max<int64_t>(kBatch, options.slots)),
+      batch_limit_(std::max<int64_t>(llm::kBatch, options.slots)),
       llama_(llm::make_context(model, {.kv = options.kv,
                                        .plan = options.plan,
                                        .sequences = options.slots,
@@ -318,12 +317,7 @@ void Engine::keep_prefix(Slot& slot, int64_t keep) {
     if (cut > exact_rows_ / kSpareOfWindow) {
         keep = std::max<int64_t>(0, keep - exact_rows_);
     }
-    llama_memory_t memory = llama_get_memory(llama_.handle.get());
-    // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window of
-    // the first token to be read is still there.
-    const bool forgotten =
-        window_ > 0 && llama_memory_seq_pos_min(memory, slot.sequence) > std::max<int64_t>(0, keep - window_);
-    if (keep == 0 || forgotten || !llama_memory_seq_rm(memory, slot.sequence, static_cast<llama_pos>(keep), -1)) {
+    if (!llm::cut_sequence(llama_.handle.get(), slot.sequence, keep, window_)) {
         clear(slot);
         return;
     }
@@ -350,7 +344,7 @@ bool Engine::restore(Slot& slot, const std::vector<llm::Token>& prompt, int64_t 
         return true; // the slot is empty now, so there is no prefix to keep
     }
     slot.cached = std::move(saved->tokens);
-    keep_prefix(slot, std::min(common_prefix(prompt, slot.cached), size - 1));
+    keep_prefix(slot, std::min(llm::common_prefix(prompt, slot.cached), size - 1));
     return true;
 }
 

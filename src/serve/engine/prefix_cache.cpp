@@ -10,11 +10,6 @@ constexpr int64_t kCopyGain = 64;
 
 } // namespace
 
-int64_t common_prefix(std::span<const llm::Token> a, std::span<const llm::Token> b) {
-    const size_t n = std::min(a.size(), b.size());
-    return std::mismatch(a.begin(), a.begin() + static_cast<std::ptrdiff_t>(n), b.begin()).first - a.begin();
-}
-
 Placement place(std::span<const llm::Token> prompt, const std::vector<SlotView>& slots, bool can_copy) {
     std::vector<int64_t> common;
     int source = -1; // longest prefix of all
@@ -23,7 +18,7 @@ Placement place(std::span<const llm::Token> prompt, const std::vector<SlotView>&
     const auto size = static_cast<int>(slots.size());
     for (int i = 0; i < size; ++i) {
         const SlotView& slot = slots[static_cast<size_t>(i)];
-        common.push_back(std::min(common_prefix(prompt, slot.tokens), static_cast<int64_t>(prompt.size()) - 1));
+        common.push_back(std::min(llm::common_prefix(prompt, slot.tokens), static_cast<int64_t>(prompt.size()) - 1));
         const int64_t n = common.back();
         const auto value = [&](int other) {
             const SlotView& view = slots[static_cast<size_t>(other)];

@@ -21,8 +21,6 @@ struct Placement {
     int copy_from = -1; // the slot whose cache is copied first; -1: none
 };
 
-int64_t common_prefix(std::span<const llm::Token> a, std::span<const llm::Token> b);
-
 // The longest common prefix wins. A slot that holds much more than the prefix is left alone and its cache copied over the
 // least recently used one, where the memory allows (can_copy); so is a busy slot's.
 Placement place(std::span<const llm::Token> prompt, const std::vector<SlotView>& slots, bool can_copy);

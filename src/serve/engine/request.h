@@ -32,7 +32,7 @@ struct AnswerStats {
 };
 
 struct Failure {
-    enum class Kind { timeout, stopping, internal, cancelled };
+    enum class Kind { timeout, stopping, internal };
     Kind kind = Kind::internal;
     std::string message;
 };
