@@ -94,7 +94,7 @@ typedef struct tq_cuda_attention {
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
     int32_t batch;
-    int32_t q_len; /* 1..16 */
+    int32_t q_len; /* 1..16; tq_cuda_prefill: any positive number */
     int32_t heads; /* a multiple of kv_heads, at most 16 times as many */
     /* Device. Token t of sequence b is token t % page_size of page page_table[b*page_table_stride + t / page_size]. */
     const int32_t* page_table;
@@ -106,10 +106,11 @@ typedef struct tq_cuda_attention {
     int32_t not_causal;            /* 0: query i sees tokens 0 .. length - q_len + i. 1: every query sees all */
     int32_t sliding_window;        /* > 0: only the latest so many tokens up to the query's own */
     const float* sink_logits;      /* device, [heads], or null: one more logit that takes probability, gives nothing */
-    void* workspace;               /* device, 256-byte aligned, zeroed once before its first use; kept by later calls */
+    void* workspace; /* device, 256-byte aligned. tq_cuda_attend: zeroed once before its first use, kept by later calls */
     size_t workspace_size;
     int32_t
         n_blocks; /* thread blocks; 0: what fills the current device. Fix it for a captured plan on another device */
+    int32_t max_length; /* tq_cuda_prefill only: no sequence is longer. Sizes its workspace and launch */
 } tq_cuda_attention;
 
 /* Bytes of workspace that an attention of this shape needs on the current device. Reads no pointers. */
@@ -118,6 +119,21 @@ tq_status tq_cuda_workspace_bytes(const tq_cuda_cache* cache, const tq_cuda_atte
 /* Error against exact attention over the decoded rows: below 1e-3 of the output's norm (queries and probabilities have
  * 16 bits, sums are fp32; tested at 3e-4 for fp32 in- and output). A query that sees no token gets zeros. */
 tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* attention, void* stream);
+
+/* The same attention for many queries of every sequence (prefill). Codes and exact rows become fp16 tiles in the
+ * workspace once, a flash loop runs over those on the tensor cores. The workspace needs no zeroing and keeps nothing
+ * between calls: `all` bytes serve every sequence and KV head in one pass, fewer (at least `least`) in several, one
+ * after the other. Reads no pointers.
+ *
+ * A query sees a token exactly if it is a sink, or among the latest `window` up to the query and among the latest
+ * `ring` of the sequence, which may be fewer than the window before the earliest queries: those see codes.
+ * n_blocks is not read; scale must not be negative. */
+tq_status tq_cuda_prefill_workspace_bytes(const tq_cuda_cache* cache, const tq_cuda_attention* attention, size_t* least,
+                                          size_t* all);
+
+/* Error against exact attention over the decoded rows: below 1e-3 of the output's norm (operands are rounded to fp16,
+ * sums are fp32). A query that sees no token gets zeros; a sequence longer than max_length gets NaN. */
+tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* attention, void* stream);
 
 #ifdef __cplusplus
 }

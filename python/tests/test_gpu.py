@@ -76,16 +76,38 @@ def test_exact_rows_are_attended_to():
     assert relative(got, plain.transpose(1, 2)) > 5e-3  # the exact rows made a difference
 
 
-@pytest.mark.parametrize("q_len", [100, 37])
-def test_prefill(q_len):
-    cache, table, _, _ = filled(2, 100, dtype=torch.bfloat16)
-    q = torch.randn(2, q_len, 8, 128, device="cuda", dtype=torch.bfloat16)
-    got = cache.prefill(q, table, [100, 100])
-    k, v = decoded(cache, table, 100)
-    mask = torch.arange(100, device="cuda") <= torch.arange(100 - q_len, 100, device="cuda")[:, None]
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 6e-4), (torch.float16, 8e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("q_len", [1, 37, 300])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_prefill_is_attention_over_the_decoded_rows(head_size, q_len, dtype, bound):
+    context = 300
+    cache, table, lengths, _ = filled(2, context, head_size=head_size)
+    q = torch.randn(2, q_len, 8, head_size, device="cuda", dtype=dtype)
+    got = turboquant.prefill(cache, q, table, lengths)
+    k, v = decoded(cache, table, context)
+    mask = torch.arange(context, device="cuda") <= torch.arange(context - q_len, context, device="cuda")[:, None]
     want = F.scaled_dot_product_attention(q.double().transpose(1, 2), k.double(), v.double(), attn_mask=mask,
                                           enable_gqa=True)
-    assert relative(got, want.transpose(1, 2)) < 1e-2  # bfloat16 rows
+    assert relative(got, want.transpose(1, 2)) < bound
+
+
+def test_prefill_is_attend_query_by_query():
+    """Soft-cap, sliding window, sink logits, exact rows and left padding, against the decoding kernel."""
+    context, q_len = 200, 60
+    cache, table, lengths, _ = filled(2, context, sinks=4, window=32, sequences=2, q_len=q_len)
+    slots = torch.arange(2, dtype=torch.int32, device="cuda")
+    options = dict(softcap=25.0, sliding_window=90, sequence_slots=slots,
+                   sink_logits=torch.randn(8, device="cuda"), scale=.2)
+    q = torch.randn(2, q_len, 8, 128, device="cuda", dtype=torch.float16)
+    got = cache.prefill(q, table, lengths, **options)
+    for start in range(0, q_len, 15):
+        part = cache.attend(q[:, start:start + 15].contiguous(), table, lengths - (q_len - start - 15), **options)
+        assert relative(got[:, start:start + 15], part) < 1.5e-3
+    lengths[1] = 20  # 40 of its 60 queries are padding
+    got = cache.prefill(q, table, lengths, workspace_bytes=0, **options)  # a KV head at a time
+    assert not got[1, :40].any() and bool(got[1, 40:].any())
+    alone = cache.prefill(q[1:, 40:], table[1:], lengths[1:], **{**options, "sequence_slots": slots[1:]})
+    assert torch.equal(got[1:, 40:], alone)
 
 
 def test_appending_one_by_one_is_one_append():
@@ -128,6 +150,9 @@ def test_wrong_arguments_are_named():
             (lambda: cache.attend(q, table, lengths.repeat(2)), "lengths: shape"),
             (lambda: cache.attend(q[:, :, :7], table, lengths), "heads 7"),
             (lambda: cache.attend(q.repeat(1, 17, 1, 1), table, lengths), "q_len 17"),
+            (lambda: cache.prefill(q[:, :, :7], table, lengths), "heads 7"),
+            (lambda: cache.prefill(q, table, lengths, max_length=0), "max_length 0"),
+            (lambda: cache.prefill(q, table, lengths, scale=-1.0), "scale must not be negative"),
             (lambda: cache.write(rows[0][0, :, :1], rows[1][0], slots), "keys: shape"),
             (lambda: cache.write(rows[0][0], rows[1][0].float(), slots), "values: "),
             (lambda: cache.write(rows[0][0], rows[1][0], slots.int()), "slots: torch.int32"),
@@ -170,7 +195,8 @@ def test_generation_over_codes_is_generation_over_decoded_rows(kind):
     same = (results[0].sequences == results[1].sequences).all(0)
     upto = int(same.long().cumprod(0).sum()) - 40
     assert upto >= 8
-    assert relative(logits[0][:upto], logits[1][:upto]) < 5e-3
+    # Prompts went through two kernels: where a number lies at a threshold, later layers store another code.
+    assert relative(logits[0][:upto], logits[1][:upto]) < 2e-2
     # Alone, without padding: the second sequence says the same.
     cache = TurboQuantCache(fused.config, 1, 128)
     alone = fused.generate(ids[1:, 13:], attention_mask=mask[1:, 13:], past_key_values=cache, max_new_tokens=8,

@@ -23,4 +23,9 @@ def attend(cache, q, page_table, lengths, **options):
     return cache.attend(q, page_table, lengths, **options)
 
 
-__all__ = ["PagedCache", "append", "attend", "decode", "encode"]
+def prefill(cache, q, page_table, lengths, **options):
+    """Attention of many queries: PagedCache.prefill."""
+    return cache.prefill(q, page_table, lengths, **options)
+
+
+__all__ = ["PagedCache", "append", "attend", "decode", "encode", "prefill"]

@@ -77,6 +77,7 @@ class Attention(ctypes.Structure):
         ("workspace", ctypes.c_void_p),
         ("workspace_size", ctypes.c_size_t),
         ("n_blocks", ctypes.c_int32),
+        ("max_length", ctypes.c_int32),
     ]
 
 
@@ -109,6 +110,10 @@ def load():
         library.tq_cuda_workspace_bytes.argtypes = [
             ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t)]
         library.tq_cuda_attend.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.c_void_p]
+        library.tq_cuda_prefill_workspace_bytes.argtypes = [
+            ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t),
+            ctypes.POINTER(ctypes.c_size_t)]
+        library.tq_cuda_prefill.argtypes = library.tq_cuda_attend.argtypes
         return library
     raise ImportError(
         f"turboquant: {_NAME} was not found; build it (docs/cuda.md) and name it in TURBOQUANT_CUDA_LIBRARY. "

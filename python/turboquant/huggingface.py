@@ -5,8 +5,8 @@
     cache = TurboQuantCache(model.config, batch=2, max_tokens=4096, attention_mask=inputs["attention_mask"])
     model.generate(**inputs, past_key_values=cache)
 
-With attn_implementation "turboquant" up to 16 queries at once attend to the codes; longer prompts attend to decoded
-rows. With any other implementation every step decodes the whole cache for it: right, but slow.
+With attn_implementation "turboquant" up to 16 queries at once attend to the codes; longer prompts attend to tiles
+decoded from them (PagedCache.prefill). With any other implementation every step decodes the whole cache for it: right, but slow.
 """
 
 import torch
@@ -39,7 +39,6 @@ class _Layer(CacheLayerMixin):
         self.cache = PagedCache(self.batch * pages, kv_heads, head_size, *self.bits, self.page_size, device=device)
         self.page_table = torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(self.batch, pages)
         self.padding = self.padding.to(device)
-        self.padding_list = self.padding.tolist()
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
 
@@ -71,10 +70,8 @@ class _Layer(CacheLayerMixin):
         lengths = (self.total - self.padding).clamp(min=0).to(torch.int32)
         if q.shape[1] <= _MOST_QUERIES:
             return self.cache.attend(q, self.page_table, lengths, scale=scaling, sliding_window=sliding_window or 0)
-        if sliding_window and sliding_window < self.total:
-            raise ValueError(f"prompts longer than the sliding window of {sliding_window} are not served; use another "
-                             "attn_implementation")
-        return self.cache.prefill(q, self.page_table, [max(self.total - p, 0) for p in self.padding_list], scale=scaling)
+        return self.cache.prefill(q, self.page_table, lengths, max_length=self.total, scale=scaling,
+                                  sliding_window=sliding_window or 0)
 
     def get_mask_sizes(self, query):
         n = query if isinstance(query, int) else query.shape[0]

@@ -4,7 +4,6 @@ import ctypes
 import math
 
 import torch
-import torch.nn.functional as F
 
 from . import _library
 
@@ -139,34 +138,6 @@ class PagedCache:
         self.write(keys.flatten(0, 1), values.flatten(0, 1), slots.contiguous(), exact)
         lengths += n
 
-    def prefill(self, q, page_table, lengths, *, scale=None):
-        """Causal attention of any number of queries q [batch, q_len, heads, head_size], the last q_len tokens of each
-        sequence (lengths: a list of ints), over the decoded codes: a sequence's rows are decoded into a workspace of
-        q's type and given to torch's fastest attention. Caches without exact rows only."""
-        _need(self.exact is None, "prefill: a cache with exact rows is not served; use attend, up to 16 queries at once")
-        _need(q.dim() == 4 and q.shape[3] == self.head_size,
-              f"q: shape {tuple(q.shape)}, expected [batch, q_len, heads, {self.head_size}]")
-        batch, q_len, heads, _ = q.shape
-        _need(len(lengths) == batch, f"lengths: {len(lengths)}, expected {batch}")
-        out = torch.empty_like(q)
-        for b, length in enumerate(lengths):
-            n = min(q_len, length)  # earlier queries see nothing: left padding
-            out[b, : q_len - n] = 0
-            if n == 0:
-                continue
-            positions = torch.arange(length, device=self.device)[None]
-            keys, values = self.read(self.slots_of(page_table[b:b + 1], positions)[0], dtype=q.dtype)
-            keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-            mask = None
-            if n < length:
-                mask = torch.arange(length, device=self.device) <= torch.arange(length - n, length,
-                                                                               device=self.device)[:, None]
-            attended = F.scaled_dot_product_attention(q[b:b + 1, q_len - n:].transpose(1, 2), keys, values,
-                                                      attn_mask=mask, is_causal=mask is None, scale=scale,
-                                                      enable_gqa=heads != self.kv_heads)
-            out[b, q_len - n:] = attended[0].transpose(0, 1)
-        return out
-
     def read(self, slots, dtype=torch.float32, rotated=False):
         """Decoded keys and values of slots (int64 [n]): two tensors [n, kv_heads, head_size]."""
         n = slots.numel()
@@ -189,11 +160,9 @@ class PagedCache:
                                                         scales.data_ptr(), None, 0, 0, _stream()))
         return codes, scales
 
-    def attend(self, q, page_table, lengths, *, scale=None, softcap=0.0, causal=True, sliding_window=0,
-               sink_logits=None, sequence_slots=None, out=None, n_blocks=0):
-        """Attention of q [batch, q_len, heads, head_size] (q_len 1..16) over each sequence's first lengths[b] tokens,
-        its queries' own included. page_table: int32 [batch, pages]; lengths: int32 [batch]. Captures into a CUDA graph
-        once it has run with the same shapes (the first call allocates the workspace)."""
+    def _attention(self, q, page_table, lengths, scale, softcap, causal, sliding_window, sink_logits, sequence_slots,
+                   out):
+        """tq_cuda_attention of these arguments, and out; keeps no reference to them."""
         _need(isinstance(q, torch.Tensor) and q.is_cuda, "q: not a CUDA tensor")
         _need(q.dim() == 4 and q.shape[3] == self.head_size,
               f"q: shape {tuple(q.shape)}, expected [batch, q_len, heads, {self.head_size}]")
@@ -223,11 +192,20 @@ class PagedCache:
         if sink_logits is not None:
             _index("sink_logits", sink_logits, torch.float32, (heads,))
             a.sink_logits = sink_logits.data_ptr()
+        return a, out
+
+    def attend(self, q, page_table, lengths, *, scale=None, softcap=0.0, causal=True, sliding_window=0,
+               sink_logits=None, sequence_slots=None, out=None, n_blocks=0):
+        """Attention of q [batch, q_len, heads, head_size] (q_len 1..16) over each sequence's first lengths[b] tokens,
+        its queries' own included. page_table: int32 [batch, pages]; lengths: int32 [batch]. Captures into a CUDA graph
+        once it has run with the same shapes (the first call allocates the workspace)."""
+        a, out = self._attention(q, page_table, lengths, scale, softcap, causal, sliding_window, sink_logits,
+                                 sequence_slots, out)
         a.n_blocks = n_blocks
         library = _library.load()
         with torch.cuda.device(self.device):
             stream = _stream()
-            key = (batch, q_len, heads, n_blocks, stream)
+            key = (a.batch, a.q_len, a.heads, n_blocks, stream)
             workspace = self._workspaces.get(key)
             if workspace is None:
                 size = ctypes.c_size_t()
@@ -236,4 +214,23 @@ class PagedCache:
                 self._workspaces[key] = workspace
             a.workspace, a.workspace_size = workspace.data_ptr(), workspace.numel()
             _library.check(library.tq_cuda_attend(self._struct, a, stream))
+        return out
+
+    def prefill(self, q, page_table, lengths, *, max_length=None, scale=None, softcap=0.0, causal=True,
+                sliding_window=0, sink_logits=None, sequence_slots=None, out=None, workspace_bytes=1 << 30):
+        """Attention as attend's, of any number of queries: the tokens are decoded once into float16 tiles, in at most
+        workspace_bytes of memory (or what one KV head of one sequence takes), and a flash kernel runs over those.
+        max_length: no sequence is longer (else its output is NaN); by default all that page_table has pages for.
+        Queries before the sequence's first token give zeros (left padding)."""
+        a, out = self._attention(q, page_table, lengths, scale, softcap, causal, sliding_window, sink_logits,
+                                 sequence_slots, out)
+        a.max_length = page_table.shape[1] * self.page_size if max_length is None else max_length
+        library = _library.load()
+        with torch.cuda.device(self.device):
+            least, most = ctypes.c_size_t(), ctypes.c_size_t()
+            _library.check(library.tq_cuda_prefill_workspace_bytes(self._struct, a, least, most))
+            workspace = torch.empty(min(most.value, max(least.value, workspace_bytes)), dtype=torch.uint8,
+                                    device=self.device)
+            a.workspace, a.workspace_size = workspace.data_ptr(), workspace.numel()
+            _library.check(library.tq_cuda_prefill(self._struct, a, _stream()))
         return out

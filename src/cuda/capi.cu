@@ -1,20 +1,29 @@
 // The C interface: every argument is checked here, in words, before a kernel sees it.
-#include "turboquant/cuda.h"
+#include "cuda/capi.h"
 
 #include "codec/codec_tables.h"
 #include "cuda/decode.h"
 #include "cuda/encode.h"
-#include "cuda/gpu_layout.h"
 
 #include <algorithm>
 #include <cmath>
-#include <string>
+#include <utility>
+
+namespace turboquant::cuda {
 
 namespace {
 
-using namespace turboquant::cuda;
-
 thread_local std::string last_error;
+
+constexpr bool one_of(int x, std::initializer_list<int> allowed) {
+    return std::find(allowed.begin(), allowed.end(), x) != allowed.end();
+}
+
+} // namespace
+
+const std::string& error_of_this_thread() {
+    return last_error;
+}
 
 tq_status fail(tq_status status, std::string message) {
     last_error = std::move(message);
@@ -33,11 +42,6 @@ tq_status cuda_status(const char* call, cudaError_t error) {
     return fail(status, std::string(call) + ": CUDA says: " + cudaGetErrorString(error));
 }
 
-constexpr bool one_of(int x, std::initializer_list<int> allowed) {
-    return std::find(allowed.begin(), allowed.end(), x) != allowed.end();
-}
-
-// "" or what is wrong with the cache's shape.
 std::string shape_problem(const tq_cuda_cache& c) {
     if (!one_of(c.page_size, {16, 32, 64, 128, 256})) {
         return "page_size " + std::to_string(c.page_size) + " is not 16, 32, 64, 128 or 256";
@@ -87,6 +91,53 @@ int cache_tile_bytes(const tq_cuda_cache& c) {
     return tile_bytes(c.head_size, c.key_bits, c.value_bits);
 }
 
+std::string heads_problem(const tq_cuda_cache& c, const tq_cuda_attention& a) {
+    if (a.batch < 1) {
+        return "batch " + std::to_string(a.batch) + " is not positive";
+    }
+    if (a.heads < 1 || a.heads % c.kv_heads != 0 || a.heads / c.kv_heads > 16) {
+        return "heads " + std::to_string(a.heads) + " is not 1 to 16 times kv_heads " + std::to_string(c.kv_heads);
+    }
+    return {};
+}
+
+std::string attention_problem(const tq_cuda_cache& c, const tq_cuda_attention& a) {
+    if (!type_ok(a.type)) {
+        return "type " + std::to_string(a.type) + " is none of tq_cuda_type";
+    }
+    if (a.q == nullptr || a.out == nullptr || a.page_table == nullptr || a.lengths == nullptr) {
+        return "q, out, page_table or lengths is null";
+    }
+    if ((c.sinks > 0 || c.ring > 0) && a.sequence_slots == nullptr) {
+        return "a cache with exact rows needs sequence_slots";
+    }
+    if (a.softcap < 0 || a.sliding_window < 0 || !std::isfinite(a.scale)) {
+        return "softcap and sliding_window must not be negative, scale must be finite";
+    }
+    return {};
+}
+
+void score_units(const tq_cuda_cache& c, const tq_cuda_attention& a, float& scale_log2, float& softcap_log2) {
+    const double log2e = 1.4426950408889634;
+    const double scale = a.scale != 0 ? a.scale : 1.0 / std::sqrt(static_cast<double>(c.head_size));
+    scale_log2 = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * log2e);
+    softcap_log2 = a.softcap > 0 ? static_cast<float>(a.softcap * log2e) : 0;
+}
+
+void rotation_signs(int head_size, uint32_t (&signs)[8]) {
+    for (int channel = 0; channel < head_size; ++channel) {
+        if (turboquant::rotation_sign(head_size, channel) < 0) {
+            signs[channel / 32] |= 1U << (channel % 32);
+        }
+    }
+}
+
+bool type_ok(int32_t type) {
+    return type >= TQ_CUDA_F32 && type <= TQ_CUDA_BF16;
+}
+
+namespace {
+
 SideTable side_table(int bits, turboquant::ScaleRule rule) {
     const turboquant::EncodeTable& from = turboquant::encode_table(bits);
     SideTable table{};
@@ -113,18 +164,10 @@ PagesArgs pages_args(const tq_cuda_cache& c) {
     p.page_size = c.page_size;
     p.kv_heads = c.kv_heads;
     p.tile_bytes = cache_tile_bytes(c);
-    for (int channel = 0; channel < c.head_size; ++channel) {
-        if (turboquant::rotation_sign(c.head_size, channel) < 0) {
-            p.signs[channel / 32] |= 1U << (channel % 32);
-        }
-    }
+    rotation_signs(c.head_size, p.signs);
     p.side[0] = side_table(c.key_bits, turboquant::ScaleRule::unbiased);
     p.side[1] = side_table(c.value_bits, turboquant::ScaleRule::matched);
     return p;
-}
-
-bool type_ok(int32_t type) {
-    return type >= TQ_CUDA_F32 && type <= TQ_CUDA_BF16;
 }
 
 // What an attention's shape comes to; "" or what is wrong with it.
@@ -139,14 +182,11 @@ struct Plan {
 };
 
 std::string plan_attention(const tq_cuda_cache& c, const tq_cuda_attention& a, Plan& plan) {
-    if (a.batch < 1) {
-        return "batch " + std::to_string(a.batch) + " is not positive";
-    }
     if (a.q_len < 1 || a.q_len > 16) {
         return "q_len " + std::to_string(a.q_len) + " is not in 1..16";
     }
-    if (a.heads < 1 || a.heads % c.kv_heads != 0 || a.heads / c.kv_heads > 16) {
-        return "heads " + std::to_string(a.heads) + " is not 1 to 16 times kv_heads " + std::to_string(c.kv_heads);
+    if (std::string problem = heads_problem(c, a); !problem.empty()) {
+        return problem;
     }
     plan.group = a.heads / c.kv_heads;
     plan.shape = launch_shape(c.head_size, c.key_bits, c.value_bits, plan.group * a.q_len);
@@ -174,8 +214,12 @@ std::string plan_attention(const tq_cuda_cache& c, const tq_cuda_attention& a, P
 
 } // namespace
 
+} // namespace turboquant::cuda
+
+using namespace turboquant::cuda;
+
 const char* tq_cuda_last_error(void) {
-    return last_error.c_str();
+    return error_of_this_thread().c_str();
 }
 
 size_t tq_cuda_page_bytes(const tq_cuda_cache* cache) {
@@ -280,15 +324,8 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
     if (const std::string problem = plan_attention(c, a, plan); !problem.empty()) {
         return invalid(kCall, problem);
     }
-    if (!type_ok(a.type)) {
-        return invalid(kCall, "type " + std::to_string(a.type) + " is none of tq_cuda_type");
-    }
-    if (a.q == nullptr || a.out == nullptr || a.page_table == nullptr || a.lengths == nullptr) {
-        return invalid(kCall, "q, out, page_table or lengths is null");
-    }
-    const bool exact = c.sinks > 0 || c.ring > 0;
-    if (exact && a.sequence_slots == nullptr) {
-        return invalid(kCall, "a cache with exact rows needs sequence_slots");
+    if (const std::string problem = attention_problem(c, a); !problem.empty()) {
+        return invalid(kCall, problem);
     }
     if (c.window > 0 && c.ring < c.window + a.q_len - 1) {
         return invalid(kCall, "ring " + std::to_string(c.ring) + " is less than window + q_len - 1 = " +
@@ -297,9 +334,6 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
     if (a.workspace == nullptr || a.workspace_size < plan.workspace) {
         return invalid(kCall, "the workspace has " + std::to_string(a.workspace_size) + " bytes, " +
                                   std::to_string(plan.workspace) + " are needed");
-    }
-    if (a.softcap < 0 || a.sliding_window < 0 || !std::isfinite(a.scale)) {
-        return invalid(kCall, "softcap and sliding_window must not be negative, scale must be finite");
     }
     AttendArgs args{};
     args.pages = static_cast<const uint8_t*>(c.pages);
@@ -341,10 +375,8 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
     args.window = c.window;
     args.sliding_window = a.sliding_window;
     args.causal = a.not_causal == 0 ? 1 : 0;
-    const double log2e = 1.4426950408889634;
-    const double scale = a.scale != 0 ? a.scale : 1.0 / std::sqrt(static_cast<double>(c.head_size));
-    args.scale_log2 = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * log2e);
-    args.softcap_log2 = a.softcap > 0 ? static_cast<float>(a.softcap * log2e) : 0;
+    rotation_signs(c.head_size, args.signs);
+    score_units(c, a, args.scale_log2, args.softcap_log2);
     return cuda_status(kCall,
                        launch_attend(args, c.head_size, plan.shape, plan.blocks, static_cast<cudaStream_t>(stream)));
 }

@@ -39,6 +39,7 @@ struct AttendArgs {
     int32_t stages;
     int32_t sinks, ring, window, sliding_window;
     int32_t causal;
+    uint32_t signs[8];  // of the rotation, bit c % 32 of word c / 32: channel c is negated
     float scale_log2;   // of scores, into units of log2; with soft-cap: scale / softcap
     float softcap_log2; // 0: none; else softcap * log2(e)
 };

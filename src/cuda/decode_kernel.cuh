@@ -107,7 +107,7 @@ struct Attend {
 
     const AttendArgs& a;
     const int warp, lane, g, t;
-    uint32_t signs; // of the rotation, bit e: channel lane * D/32 + e
+    uint32_t signs; // of the rotation, bit e < D/32: channel lane * D/32 + e
 
     // ---- state of this warp for the item at hand ----
     float largest[kNT], sum[kNT], correction[kNT];
@@ -120,11 +120,7 @@ struct Attend {
 
     __device__ __forceinline__ Attend(const AttendArgs& args, uint8_t* shared)
         : a(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {
-        signs = 0;
-#pragma unroll
-        for (int e = 0; e < D / 32; ++e) {
-            signs |= rotation_sign_device(D, lane * (D / 32) + e) < 0 ? 1U << e : 0U;
-        }
+        signs = a.signs[lane * (D / 32) / 32] >> (lane * (D / 32) % 32);
         uint8_t* at = shared;
         const auto take = [&at](int bytes) {
             uint8_t* const p = at;

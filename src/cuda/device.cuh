@@ -63,8 +63,13 @@ inline constexpr int kBarrierArrivals = 1;
 inline constexpr int kBarrierArrivals = 32;
 #endif
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(kBarrierArrivals) : "memory");
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals = kBarrierArrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+                 : "memory");
 }
 
 // After the last barrier_init: the copy engine sees them.
@@ -144,15 +149,6 @@ __device__ __forceinline__ void store_element(void* p, int64_t index, int type, 
     case 1: static_cast<__half*>(p)[index] = __float2half_rn(x); break;
     default: static_cast<__nv_bfloat16*>(p)[index] = __float2bfloat16_rn(x); break;
     }
-}
-
-// The sign of element `index` of a rotation block of `size` (codec/rotation.cpp; SplitMix64's finaliser).
-__device__ __forceinline__ float rotation_sign_device(int size, int index) {
-    uint64_t z = (static_cast<uint64_t>(size) << 32 | static_cast<uint64_t>(index)) + 0x9e3779b97f4a7c15ULL;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
-    z ^= z >> 31;
-    return (z >> 63) != 0 ? -1.0F : 1.0F;
 }
 
 // y = H y / sqrt(D) across a warp, lane l holding channels l*D/32 .. + D/32 - 1. H is symmetric for a power of two.

@@ -481,7 +481,7 @@ __global__ void __launch_bounds__(256) read_kernel(const __grid_constant__ ReadA
         hadamard_warp<D>(y, lane);
         for (int e = 0; e < kOwn; ++e) {
             const int channel = lane * kOwn + e;
-            y[e] *= rotation_sign_device(D, channel);
+            y[e] *= (a.cache.signs[channel / 32] >> (channel % 32) & 1U) != 0 ? -1.0F : 1.0F;
             if (side == 0 && a.cache.lambda != nullptr) {
                 y[e] /= a.cache.lambda[head * D + channel];
             }

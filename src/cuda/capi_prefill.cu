@@ -1,0 +1,159 @@
+// The C interface of prefill.
+#include "cuda/capi.h"
+#include "cuda/prefill.h"
+
+#include <algorithm>
+
+namespace turboquant::cuda {
+
+namespace {
+
+constexpr int64_t kMostItems = 65535; // of a launch: the grid's second dimension
+
+struct PrefillPlan {
+    int64_t items = 0;
+    int64_t query_blocks = 0;
+    int64_t code_images = 0;
+    int64_t exact_images = 0;
+    size_t item_bytes = 0; // of workspace
+};
+
+int64_t whole_tiles(int64_t tokens) { // in images
+    return (tokens + kMostTileTokens - 1) / kMostTileTokens * (kMostTileTokens / kImageTokens);
+}
+
+std::string plan_prefill(const tq_cuda_cache& c, const tq_cuda_attention& a, PrefillPlan& plan) {
+    if (a.q_len < 1) {
+        return "q_len " + std::to_string(a.q_len) + " is not positive";
+    }
+    if (std::string problem = heads_problem(c, a); !problem.empty()) {
+        return problem;
+    }
+    if (a.max_length < 1 || a.max_length > 1 << 30) {
+        return "max_length " + std::to_string(a.max_length) + " is not in 1..2^30";
+    }
+    plan.items = int64_t{a.batch} * c.kv_heads;
+    const int64_t rows = int64_t{a.q_len} * (a.heads / c.kv_heads);
+    if (rows > 1 << 30) {
+        return "q_len " + std::to_string(a.q_len) + " is too large";
+    }
+    plan.query_blocks = (rows + kPrefillRows - 1) / kPrefillRows;
+    plan.code_images = whole_tiles(a.max_length);
+    const int64_t latest = c.window > 0 ? std::min<int64_t>(c.ring, int64_t{c.window} + a.q_len - 1) : 0;
+    plan.exact_images = whole_tiles(c.sinks + latest);
+    plan.item_bytes = static_cast<size_t>(plan.code_images + plan.exact_images) * image_bytes(c.head_size);
+    return {};
+}
+
+// Two neighbouring elements can be moved at once, wherever a row begins.
+bool pairs(const void* p, int32_t type, int64_t batch, int64_t query, int64_t head) {
+    const uintptr_t width = type == TQ_CUDA_F32 ? 8 : 4;
+    return reinterpret_cast<uintptr_t>(p) % width == 0 && batch % 2 == 0 && query % 2 == 0 && head % 2 == 0;
+}
+
+} // namespace
+
+} // namespace turboquant::cuda
+
+using namespace turboquant::cuda;
+
+tq_status tq_cuda_prefill_workspace_bytes(const tq_cuda_cache* cache, const tq_cuda_attention* attention, size_t* least,
+                                          size_t* all) {
+    static const char* const kCall = "tq_cuda_prefill_workspace_bytes";
+    if (cache == nullptr || attention == nullptr || least == nullptr || all == nullptr) {
+        return invalid(kCall, "a null argument");
+    }
+    if (const std::string problem = shape_problem(*cache); !problem.empty()) {
+        return invalid(kCall, problem);
+    }
+    PrefillPlan plan;
+    if (const std::string problem = plan_prefill(*cache, *attention, plan); !problem.empty()) {
+        return invalid(kCall, problem);
+    }
+    *least = plan.item_bytes;
+    *all = plan.item_bytes * static_cast<size_t>(plan.items);
+    return TQ_OK;
+}
+
+tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* attention, void* stream) {
+    static const char* const kCall = "tq_cuda_prefill";
+    if (const std::string problem = cache_problem(cache); !problem.empty()) {
+        return invalid(kCall, problem);
+    }
+    if (attention == nullptr || attention->struct_size != sizeof(tq_cuda_attention)) {
+        return invalid(kCall, "attention is null or its struct_size is not that of this version");
+    }
+    const tq_cuda_cache& c = *cache;
+    const tq_cuda_attention& a = *attention;
+    PrefillPlan plan;
+    if (const std::string problem = plan_prefill(c, a, plan); !problem.empty()) {
+        return invalid(kCall, problem);
+    }
+    if (const std::string problem = attention_problem(c, a); !problem.empty()) {
+        return invalid(kCall, problem);
+    }
+    if (a.scale < 0) {
+        return invalid(kCall, "scale must not be negative");
+    }
+    if (a.workspace == nullptr || reinterpret_cast<uintptr_t>(a.workspace) % 256 != 0 ||
+        a.workspace_size < plan.item_bytes) {
+        return invalid(kCall, "the workspace is null, not 256-byte aligned, or its " + std::to_string(a.workspace_size) +
+                                  " bytes are less than the " + std::to_string(plan.item_bytes) + " needed");
+    }
+    PrefillArgs args{};
+    args.pages = static_cast<const uint8_t*>(c.pages);
+    args.mu = c.mu;
+    args.lambda = c.lambda;
+    args.exact_keys = static_cast<const uint16_t*>(c.exact_keys);
+    args.exact_values = static_cast<const uint16_t*>(c.exact_values);
+    args.q = a.q;
+    args.out = a.out;
+    args.page_table = a.page_table;
+    args.lengths = a.lengths;
+    args.sequence_slots = a.sequence_slots;
+    args.sink_logits = a.sink_logits;
+    args.images = static_cast<uint8_t*>(a.workspace);
+    args.q_batch = a.q_batch;
+    args.q_query = a.q_query;
+    args.q_head = a.q_head;
+    args.out_batch = a.out_batch;
+    args.out_query = a.out_query;
+    args.out_head = a.out_head;
+    args.page_table_stride = a.page_table_stride;
+    args.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
+    args.type = a.type;
+    args.q_len = a.q_len;
+    args.kv_heads = c.kv_heads;
+    args.group = a.heads / c.kv_heads;
+    args.max_length = a.max_length;
+    args.query_blocks = static_cast<int32_t>(plan.query_blocks);
+    args.code_images = static_cast<int32_t>(plan.code_images);
+    args.exact_images = static_cast<int32_t>(plan.exact_images);
+    args.page_size = c.page_size;
+    for (args.page_shift = 0; 1 << args.page_shift < c.page_size; ++args.page_shift) {
+    }
+    args.key_bits = c.key_bits;
+    args.value_bits = c.value_bits;
+    args.tile_bytes = cache_tile_bytes(c);
+    args.sinks = c.sinks;
+    args.ring = c.ring;
+    args.window = c.window;
+    args.sliding_window = a.sliding_window;
+    args.causal = a.not_causal == 0 ? 1 : 0;
+    args.q_pairs = pairs(a.q, a.type, a.q_batch, a.q_query, a.q_head) ? 1 : 0;
+    args.out_pairs = pairs(a.out, a.type, a.out_batch, a.out_query, a.out_head) ? 1 : 0;
+    rotation_signs(c.head_size, args.signs);
+    score_units(c, a, args.scale_log2, args.softcap_log2);
+    // As many items at a time as the workspace holds images of.
+    const auto fits = static_cast<int64_t>(a.workspace_size / plan.item_bytes);
+    const int64_t step = std::min({fits, kMostItems, (int64_t{1} << 30) / plan.query_blocks, plan.items});
+    for (int64_t first = 0; first < plan.items; first += step) {
+        args.first_item = static_cast<int32_t>(first);
+        args.items = static_cast<int32_t>(std::min(step, plan.items - first));
+        const cudaError_t error = launch_prefill(args, c.head_size, static_cast<cudaStream_t>(stream));
+        if (error != cudaSuccess) {
+            return cuda_status(kCall, error);
+        }
+    }
+    return TQ_OK;
+}

@@ -1,0 +1,76 @@
+// Attention of many queries: codes and exact rows become fp16 images of tiles in a workspace, once, and a flash loop
+// runs over the images. Internal.
+//
+//   item     : a sequence and a KV head
+//   image    : 64 tokens of an item in the rotated basis, times 2^-4 (so that no row that fp16 holds can overflow):
+//              keys   [head_size / 64][64 tokens][64 channels]
+//              values [head_size][64 tokens]
+//              with 16-byte chunk c of a 128-byte row r at chunk c ^ (r % 8), as the tensor cores read them
+//   images of an item: those of the codes from token 0 on, then those of the exact rows (Extent's order)
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace turboquant::cuda {
+
+inline constexpr int kImageTokens = 64;
+inline constexpr int kMostTileTokens = 128; // of the flash loop: images are counted in whole such tiles
+inline constexpr int kPrefillRows = 128;    // (query, head of the group) pairs of a block
+inline constexpr float kImageUnit = 16;     // images hold numbers divided by it
+
+constexpr size_t image_bytes(int head_size) {
+    return size_t{2} * static_cast<size_t>(head_size) * kImageTokens * 2;
+}
+
+struct PrefillArgs {
+    const uint8_t* pages;
+    const float* mu;
+    const float* lambda;
+    const uint16_t* exact_keys;
+    const uint16_t* exact_values;
+    const void* q;
+    void* out;
+    const int32_t* page_table;
+    const int32_t* lengths;
+    const int32_t* sequence_slots;
+    const float* sink_logits;
+    uint8_t* images; // [items of a launch][code_images + exact_images]
+    int64_t q_batch, q_query, q_head;
+    int64_t out_batch, out_query, out_head;
+    int64_t page_table_stride;
+    int64_t page_bytes;
+    int32_t type;
+    int32_t first_item, items; // of this launch; item = sequence * kv_heads + head
+    int32_t q_len, kv_heads, group;
+    int32_t max_length;
+    int32_t query_blocks; // of an item
+    int32_t code_images, exact_images;
+    int32_t page_size, page_shift;
+    int32_t key_bits, value_bits;
+    int32_t tile_bytes;
+    int32_t sinks, ring, window, sliding_window;
+    int32_t causal;
+    int32_t q_pairs, out_pairs; // two neighbouring channels can be moved at once
+    uint32_t signs[8];          // of the rotation, bit c % 32 of word c / 32: channel c is negated
+    float scale_log2;           // as in AttendArgs
+    float softcap_log2;
+};
+
+// Both kernels. `items` of args may be fewer than those of the call: then call again with the next first_item.
+cudaError_t launch_prefill(const PrefillArgs& args, int head_size, cudaStream_t stream);
+
+// The two halves, in files of their own.
+cudaError_t launch_images(const PrefillArgs& args, int head_size, cudaStream_t stream);
+struct FlashKernel {
+    void (*kernel)(PrefillArgs);
+    int threads;
+    int shared_bytes;
+};
+FlashKernel flash_kernel_64(bool warpgroups);
+FlashKernel flash_kernel_128(bool warpgroups);
+FlashKernel flash_kernel_256(bool warpgroups);
+
+} // namespace turboquant::cuda
