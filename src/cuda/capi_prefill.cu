@@ -34,7 +34,7 @@ std::string plan_prefill(const tq_cuda_cache& c, const tq_cuda_attention& a, Pre
     }
     plan.items = int64_t{a.batch} * c.kv_heads;
     const int64_t rows = int64_t{a.q_len} * (a.heads / c.kv_heads);
-    if (rows > 1 << 30) {
+    if (rows + kPrefillRows > 1 << 28) {
         return "q_len " + std::to_string(a.q_len) + " is too large";
     }
     plan.query_blocks = (rows + kPrefillRows - 1) / kPrefillRows;
@@ -45,10 +45,11 @@ std::string plan_prefill(const tq_cuda_cache& c, const tq_cuda_attention& a, Pre
     return {};
 }
 
-// Two neighbouring elements can be moved at once, wherever a row begins.
-bool pairs(const void* p, int32_t type, int64_t batch, int64_t query, int64_t head) {
-    const uintptr_t width = type == TQ_CUDA_F32 ? 8 : 4;
-    return reinterpret_cast<uintptr_t>(p) % width == 0 && batch % 2 == 0 && query % 2 == 0 && head % 2 == 0;
+// Rows can be moved 16 bytes at a time, wherever one begins.
+bool vectors(const void* p, int32_t type, int64_t batch, int64_t query, int64_t head) {
+    const int64_t elements = type == TQ_CUDA_F32 ? 4 : 8;
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && batch % elements == 0 && query % elements == 0 &&
+           head % elements == 0;
 }
 
 } // namespace
@@ -125,6 +126,7 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     args.q_len = a.q_len;
     args.kv_heads = c.kv_heads;
     args.group = a.heads / c.kv_heads;
+    args.group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + args.group - 1) / args.group);
     args.max_length = a.max_length;
     args.query_blocks = static_cast<int32_t>(plan.query_blocks);
     args.code_images = static_cast<int32_t>(plan.code_images);
@@ -140,8 +142,8 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     args.window = c.window;
     args.sliding_window = a.sliding_window;
     args.causal = a.not_causal == 0 ? 1 : 0;
-    args.q_pairs = pairs(a.q, a.type, a.q_batch, a.q_query, a.q_head) ? 1 : 0;
-    args.out_pairs = pairs(a.out, a.type, a.out_batch, a.out_query, a.out_head) ? 1 : 0;
+    args.q_vectors = vectors(a.q, a.type, a.q_batch, a.q_query, a.q_head) ? 1 : 0;
+    args.out_vectors = vectors(a.out, a.type, a.out_batch, a.out_query, a.out_head) ? 1 : 0;
     rotation_signs(c.head_size, args.signs);
     score_units(c, a, args.scale_log2, args.softcap_log2);
     // As many items at a time as the workspace holds images of.

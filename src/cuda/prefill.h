@@ -45,6 +45,7 @@ struct PrefillArgs {
     int32_t type;
     int32_t first_item, items; // of this launch; item = sequence * kv_heads + head
     int32_t q_len, kv_heads, group;
+    uint32_t group_inverse; // 2^32 / group, rounded up (group > 1): the high word of r times it is r / group, r < 2^28
     int32_t max_length;
     int32_t query_blocks; // of an item
     int32_t code_images, exact_images;
@@ -53,7 +54,7 @@ struct PrefillArgs {
     int32_t tile_bytes;
     int32_t sinks, ring, window, sliding_window;
     int32_t causal;
-    int32_t q_pairs, out_pairs; // two neighbouring channels can be moved at once
+    int32_t q_vectors, out_vectors; // rows are aligned for moves of 16 bytes
     uint32_t signs[8];          // of the rotation, bit c % 32 of word c / 32: channel c is negated
     float scale_log2;           // as in AttendArgs
     float softcap_log2;

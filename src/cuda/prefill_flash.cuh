@@ -18,36 +18,6 @@ constexpr int flash_threads(bool warpgroups) {
     return (kFlashWarps + (warpgroups ? 4 : 1)) * 32;
 }
 
-// y = H y / sqrt(D) for a row spread over four lanes: y[2 j + v] is channel 8 j + 2 t + v of lane t.
-template <int D>
-__device__ __forceinline__ void hadamard_quad(float (&y)[D / 4], int t) {
-#pragma unroll
-    for (int h = 1; h < D / 4; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-            if ((i & h) == 0) {
-                const float p = y[i];
-                const float q = y[i + h];
-                y[i] = p + q;
-                y[i + h] = p - q;
-            }
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < 4; h *= 2) {
-        const float sign = (t & h) != 0 ? -1.0F : 1.0F;
-#pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-            y[i] = fmaf(y[i], sign, __shfl_xor_sync(0xffffffffU, y[i], h));
-        }
-    }
-    const float norm = D == 64 ? 0.125F : D == 128 ? 0.08838834764831845F : 0.0625F;
-#pragma unroll
-    for (int i = 0; i < D / 4; ++i) {
-        y[i] *= norm;
-    }
-}
-
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffU, x, 1);
     return x + __shfl_xor_sync(0xffffffffU, x, 2);
@@ -167,7 +137,9 @@ struct Flash {
     static constexpr int kPieceBytes = kImageTokens * 128;
     static constexpr int kPieces = kStageBytes / kPieceBytes;
     static constexpr int kAlignment = 1024; // of a swizzle atom
-    static constexpr int kSharedBytes = kAlignment + kQueryBytes + STAGES * kStageBytes + 2 * STAGES * 8;
+    static constexpr int kSharedBytes =
+        kAlignment + kQueryBytes + STAGES * kStageBytes + kPrefillRows * 8 + 2 * STAGES * 8;
+    static constexpr float kNorm = D == 64 ? 0.125F : D == 128 ? 0.08838834764831845F : 0.0625F; // 1 / sqrt(D)
 
     using P = Products<WARPGROUPS>;
 
@@ -178,6 +150,7 @@ struct Flash {
     int code_begin, code_tiles, sink_tiles, window_tile, n; // tiles of N tokens
     uint8_t* queries;
     uint8_t* ring;
+    float2* units; // [row]: what scores are multiplied with, and what is added
     uint64_t* full;
     uint64_t* empty;
 
@@ -191,11 +164,12 @@ struct Flash {
         const uint32_t at = shared_address(shared);
         queries = shared + ((at + kAlignment - 1) / kAlignment * kAlignment - at);
         ring = queries + kQueryBytes;
-        full = reinterpret_cast<uint64_t*>(ring + STAGES * kStageBytes);
+        units = reinterpret_cast<float2*>(ring + STAGES * kStageBytes);
+        full = reinterpret_cast<uint64_t*>(units + kPrefillRows);
         empty = full + STAGES;
         first_row = query_block * kPrefillRows;
-        first_query = first_row / a.group;
-        last_query = min((first_row + kPrefillRows - 1) / a.group, a.q_len - 1);
+        first_query = query_of(first_row);
+        last_query = min(query_of(first_row + kPrefillRows - 1), a.q_len - 1);
         // What its rows see: codes, then exact rows: sinks and the window, where tiles between them are left out.
         const int first_end = end_of(first_query);
         const int last_end = end_of(last_query);
@@ -261,85 +235,197 @@ struct Flash {
         int code_end;
     };
 
-    template <class T2, class Load>
-    __device__ __forceinline__ static void load_pairs(float (&y)[D / 4], const void* p, int64_t at, Load&& widen) {
-        const auto* const from = reinterpret_cast<const T2*>(static_cast<const uint8_t*>(p)) + at / 2;
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            const float2 two = widen(from[j * 4]);
-            y[2 * j] = two.x;
-            y[2 * j + 1] = two.y;
-        }
-    }
+    // ---- rotations: eight lanes take a row, lane u of them channels 64 h + 8 u + (0..7), a warp four rows at a time, in
+    // loops: a block runs this once, and fetching instructions that run once took longer than running them ----
 
-    __device__ __forceinline__ void load_query(float (&y)[D / 4], int64_t at, int t) const {
-        if (a.q_pairs == 0) {
+    static constexpr int kOwn = D / 8; // channels of a lane
+    struct Raw {                       // as they lie in memory, 16 bytes at a time
+        uint4 v[D / 64 * 2];           // of 16-bit types the first half
+    };
+
+    // y = H y; not divided by sqrt(D), which goes into factors elsewhere.
+    __device__ __forceinline__ static void hadamard(float (&y)[kOwn], int u) {
 #pragma unroll
-            for (int i = 0; i < D / 4; ++i) {
-                y[i] = load_element(a.q, at + i / 2 * 8 + i % 2 + 2 * t, a.type);
+        for (int h = 1; h < kOwn; h *= 2) { // bits 0 to 2 of the channel, and those from 6 on
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                if ((i & h) == 0) {
+                    const float p = y[i];
+                    const float q = y[i + h];
+                    y[i] = p + q;
+                    y[i + h] = p - q;
+                }
             }
-        } else if (a.type == 0) {
-            load_pairs<float2>(y, a.q, at + 2 * t, [](float2 x) { return x; });
-        } else if (a.type == 1) {
-            load_pairs<__half2>(y, a.q, at + 2 * t, [](__half2 x) { return __half22float2(x); });
+        }
+#pragma unroll 1
+        for (int h = 1; h < 8; h *= 2) {
+            const float sign = (u & h) != 0 ? -1.0F : 1.0F;
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                y[i] = fmaf(y[i], sign, __shfl_xor_sync(0xffffffffU, y[i], h));
+            }
+        }
+    }
+
+    // Bit i: this lane's channel i is negated.
+    __device__ __forceinline__ uint32_t own_signs(int u) const {
+        uint32_t signs = 0;
+#pragma unroll
+        for (int h = 0; h < D / 64; ++h) {
+            signs |= (a.signs[2 * h + u / 4] >> (u % 4 * 8) & 0xffU) << (8 * h);
+        }
+        return signs;
+    }
+    __device__ __forceinline__ static void flip(float (&y)[kOwn], uint32_t signs) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            y[i] = __uint_as_float(__float_as_uint(y[i]) ^ (signs << (31 - i) & 0x80000000U));
+        }
+    }
+
+    __device__ __forceinline__ int query_of(int r) const { // r / group
+        return a.group == 1 ? r : static_cast<int>(__umulhi(r, a.group_inverse));
+    }
+
+    // Channels 64 h + 8 u on of the query of a row of the block; zeros behind the last.
+    __device__ __forceinline__ void load_query(Raw& raw, int row, int u) const {
+        const int r = first_row + row;
+        const int query = query_of(r);
+        const int64_t at =
+            b * a.q_batch + query * a.q_query + (head * a.group + r - query * a.group) * a.q_head + 8 * u;
+        const bool real = query < a.q_len;
+#pragma unroll
+        for (int i = 0; i < D / 64 * 2; ++i) {
+            raw.v[i] = uint4{0, 0, 0, 0};
+        }
+        if (!real) {
+            return;
+        }
+        if (a.type == 0) {
+            const float* const from = static_cast<const float*>(a.q) + at;
+#pragma unroll
+            for (int i = 0; i < D / 64 * 2; ++i) {
+                raw.v[i] = load_16<float>(from + i / 2 * 64 + i % 2 * 4);
+            }
         } else {
-            load_pairs<__nv_bfloat162>(y, a.q, at + 2 * t, [](__nv_bfloat162 x) { return __bfloat1622float2(x); });
+            const uint16_t* const from = static_cast<const uint16_t*>(a.q) + at;
+#pragma unroll
+            for (int h = 0; h < D / 64; ++h) {
+                raw.v[h] = load_16<uint16_t>(from + h * 64);
+            }
+        }
+    }
+    template <class T>
+    __device__ __forceinline__ uint4 load_16(const T* from) const {
+        if (a.q_vectors != 0) {
+            return *reinterpret_cast<const uint4*>(from);
+        }
+        uint4 v{};
+#pragma unroll 1
+        for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) { // rarely: element by element, a byte string's way
+            uint32_t bits;
+            if constexpr (sizeof(T) == 4) {
+                bits = __float_as_uint(from[i]);
+            } else {
+                bits = from[i];
+            }
+            const int word = i * static_cast<int>(sizeof(T)) / 4;
+            const uint32_t placed = bits << (i * static_cast<int>(sizeof(T)) % 4 * 8);
+            v.x |= word == 0 ? placed : 0;
+            v.y |= word == 1 ? placed : 0;
+            v.z |= word == 2 ? placed : 0;
+            v.w |= word == 3 ? placed : 0;
+        }
+        return v;
+    }
+    __device__ __forceinline__ void widen(float (&y)[kOwn], const Raw& raw) const {
+#pragma unroll
+        for (int h = 0; h < D / 64; ++h) {
+            const uint32_t halves[4] = {raw.v[h].x, raw.v[h].y, raw.v[h].z, raw.v[h].w};
+            const uint4 low = raw.v[2 * h];
+            const uint4 high = raw.v[2 * h + 1];
+            const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float2 two = {__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1])};
+                if (a.type == 1) {
+                    two = __half22float2(reinterpret_cast<const __half2&>(halves[i]));
+                } else if (a.type == 2) {
+                    two = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(halves[i]));
+                }
+                y[8 * h + 2 * i] = two.x;
+                y[8 * h + 2 * i + 1] = two.y;
+            }
         }
     }
 
-    __device__ __forceinline__ float sign(int channel) const {
-        return (a.signs[channel / 32] >> (channel % 32) & 1U) != 0 ? -1.0F : 1.0F;
-    }
-
-    // Rotates a row into shared memory, as fp16 of about 1.
-    __device__ __forceinline__ void prepare_row(RowState& state, int warp, int row, int t) const {
-        const int r = first_row + warp * 16 + row;
-        const int query = min(r / a.group, a.q_len - 1);
-        const bool real = r < a.group * a.q_len;
-        float y[D / 4];
-#pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-            y[i] = 0;
-        }
-        if (real) {
-            load_query(y, b * a.q_batch + query * a.q_query + (head * a.group + r % a.group) * a.q_head, t);
-        }
-        float bias = 0;
-#pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-            const int channel = i / 2 * 8 + i % 2 + 2 * t;
+    // Rotates a warp's 16 queries into shared memory, as fp16 of about 1.
+    __device__ __forceinline__ void prepare_rows(int warp, int lane) const {
+        const int u = lane % 8;
+        const uint32_t signs = own_signs(u);
+        Raw raw;
+        load_query(raw, warp * 16 + lane / 8, u);
+#pragma unroll 1
+        for (int first = 0; first < 16; first += 4) {
+            const int row = warp * 16 + first + lane / 8;
+            float y[kOwn];
+            widen(y, raw);
+            if (first < 12) {
+                load_query(raw, row + 4, u); // comes while this row is rotated
+            }
+            float bias = 0;
             if (a.mu != nullptr) {
-                bias = fmaf(y[i], a.mu[head * D + channel], bias);
+#pragma unroll
+                for (int i = 0; i < kOwn; ++i) {
+                    bias = fmaf(y[i], a.mu[head * D + i / 8 * 64 + 8 * u + i % 8], bias);
+                }
             }
             if (a.lambda != nullptr) {
-                y[i] /= a.lambda[head * D + channel];
+#pragma unroll
+                for (int i = 0; i < kOwn; ++i) {
+                    y[i] /= a.lambda[head * D + i / 8 * 64 + 8 * u + i % 8];
+                }
             }
-            y[i] *= sign(channel);
-        }
-        hadamard_quad<D>(y, t);
-        float top = 0;
+            flip(y, signs);
+            hadamard(y, u);
+            float top = 0;
 #pragma unroll
-        for (int i = 0; i < D / 4; ++i) {
-            top = fmaxf(top, fabsf(y[i]));
-        }
-        top = quad_max(top);
-        // A power of two near the largest: fp16 then neither overflows nor loses the row to its smallest numbers.
-        const uint32_t exponent = max(27U, min(227U, __float_as_uint(top) >> 23));
-        const float down = __uint_as_float((254U - exponent) << 23);
-        uint8_t* const to = queries + warp / 4 * (64 * D * 2);
-        const int own = warp % 4 * 16 + row;
+            for (int i = 0; i < kOwn; ++i) {
+                top = fmaxf(top, fabsf(y[i]));
+            }
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            *reinterpret_cast<uint32_t*>(to + j / 8 * (64 * 128) + own * 128 + (((j % 8) ^ (own & 7)) << 4) + t * 4) =
-                half_pair(y[2 * j] * down, y[2 * j + 1] * down);
+            for (int h = 1; h < 8; h *= 2) {
+                top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, h));
+                bias += __shfl_xor_sync(0xffffffffU, bias, h);
+            }
+            // A power of two near the largest: fp16 then neither overflows nor loses the row to its smallest numbers.
+            const uint32_t exponent = max(27U, min(227U, __float_as_uint(top) >> 23));
+            const float down = __uint_as_float((254U - exponent) << 23);
+            const int own = row % 64; // of the warpgroup's
+            uint8_t* const to = queries + row / 64 * (64 * D * 2) + own * 128 + ((u ^ (own & 7)) << 4);
+#pragma unroll
+            for (int h = 0; h < D / 64; ++h) {
+                const float* const x = y + 8 * h;
+                *reinterpret_cast<uint4*>(to + h * (64 * 128)) = {
+                    half_pair(x[0] * down, x[1] * down), half_pair(x[2] * down, x[3] * down),
+                    half_pair(x[4] * down, x[5] * down), half_pair(x[6] * down, x[7] * down)};
+            }
+            if (u == 0) {
+                units[row] = {__uint_as_float(exponent << 23) * (kImageUnit * kNorm) * a.scale_log2, bias * a.scale_log2};
+            }
         }
-        state.scale = __uint_as_float(exponent << 23) * kImageUnit * a.scale_log2;
-        state.bias = quad_sum(bias) * a.scale_log2;
+    }
+
+    __device__ __forceinline__ RowState begin_row(int row) const {
+        RowState state;
+        state.scale = units[row].x;
+        state.bias = units[row].y;
         state.largest = -INFINITY;
         state.sum = 0;
-        state.end = end_of(query);
+        state.end = end_of(min(query_of(first_row + row), a.q_len - 1));
         state.code_from = max(e.lowest(a, state.end), a.sinks);
         state.code_end = e.code_end(a, state.end);
+        return state;
     }
 
     __device__ __forceinline__ float cap(float x) const { // softcap * tanh(x), in units of log2
@@ -421,57 +507,107 @@ struct Flash {
         }
     }
 
-    __device__ __forceinline__ void write_row(float (&o)[D / 2], int r, const RowState& state, int warp, int row,
-                                              int t) const {
-        const int at_row = first_row + warp * 16 + row;
-        const int query = at_row / a.group;
-        const int q_head = head * a.group + at_row % a.group;
-        const bool real = at_row < a.group * a.q_len;
+    // What the values' sums of a row are to be multiplied with.
+    __device__ __forceinline__ float row_factor(const RowState& state, int row) const {
         float total = quad_sum(state.sum);
-        if (a.sink_logits != nullptr && total > 0 && real) {
+        if (a.sink_logits != nullptr && total > 0) {
             // A soft-capped score has its bias in it; without the cap the largest is without.
             const float top = state.largest + (a.softcap_log2 > 0 ? 0.0F : state.bias);
-            total += exp2f(a.sink_logits[q_head] * 1.4426950408889634F - top);
+            const int r = first_row + row;
+            const float logit = a.sink_logits[head * a.group + r - query_of(r) * a.group];
+            total += exp2f(logit * 1.4426950408889634F - top);
         }
-        const float factor = e.too_long ? NAN : total > 0 ? kImageUnit / total : 0;
-        float y[D / 4];
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            y[2 * j] = o[4 * j + 2 * r] * factor;
-            y[2 * j + 1] = o[4 * j + 2 * r + 1] * factor;
-        }
-        hadamard_quad<D>(y, t);
-        if (!real) {
+        return e.too_long ? NAN : total > 0 ? kImageUnit * kNorm / total : 0;
+    }
+
+    __device__ __forceinline__ void store_row(const float (&y)[kOwn], int row, int u) const {
+        const int r = first_row + row;
+        const int query = query_of(r);
+        if (query >= a.q_len) {
             return;
         }
-        const int64_t at = b * a.out_batch + query * a.out_query + q_head * a.out_head + 2 * t;
+        const int64_t at = b * a.out_batch + query * a.out_query +
+                           (head * a.group + r - query * a.group) * a.out_head + 8 * u;
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            const float y0 = y[2 * j] * sign(8 * j + 2 * t);
-            const float y1 = y[2 * j + 1] * sign(8 * j + 2 * t + 1);
-            const int64_t to = at + 8 * j;
-            if (a.out_pairs == 0) {
-                store_element(a.out, to, a.type, y0);
-                store_element(a.out, to + 1, a.type, y1);
+        for (int h = 0; h < D / 64; ++h) {
+            const float* const x = y + 8 * h;
+            const int64_t to = at + 64 * h;
+            if (a.out_vectors == 0) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    store_element(a.out, to + i, a.type, x[i]);
+                }
             } else if (a.type == 0) {
-                *reinterpret_cast<float2*>(static_cast<float*>(a.out) + to) = float2{y0, y1};
-            } else if (a.type == 1) {
-                *reinterpret_cast<__half2*>(static_cast<__half*>(a.out) + to) = __floats2half2_rn(y0, y1);
+                auto* const p = reinterpret_cast<float4*>(static_cast<float*>(a.out) + to);
+                p[0] = {x[0], x[1], x[2], x[3]};
+                p[1] = {x[4], x[5], x[6], x[7]};
             } else {
-                *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(a.out) + to) =
-                    __floats2bfloat162_rn(y0, y1);
+                uint32_t pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const __nv_bfloat162 bf = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+                    pairs[i] =
+                        a.type == 1 ? half_pair(x[2 * i], x[2 * i + 1]) : reinterpret_cast<const uint32_t&>(bf);
+                }
+                *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
             }
         }
+    }
+
+    // From sums to output rows, eight at a time, through the part of the queries' memory that is this warp's: nobody
+    // reads queries any more. 8-channel block j of row g lies at block j ^ g, against bank conflicts.
+    __device__ __forceinline__ void write_rows(float (&o)[D / 2], const RowState (&rows)[2], int warp, int lane) const {
+        const int g = lane / 4;
+        const int t = lane % 4;
+        const int u = lane % 8;
+        const uint32_t signs = own_signs(u);
+        auto* const staging = reinterpret_cast<float*>(queries + warp / 4 * (64 * D * 2) + warp % 4 * (16 * D * 2));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float factor = row_factor(rows[r], warp * 16 + 8 * r + g);
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j) {
+                *reinterpret_cast<float2*>(staging + g * D + (j ^ g) * 8 + 2 * t) = {o[4 * j + 2 * r] * factor,
+                                                                                    o[4 * j + 2 * r + 1] * factor};
+            }
+            __syncwarp();
+#pragma unroll 1
+            for (int row = lane / 8; row < 8; row += 4) {
+                float y[kOwn];
+#pragma unroll
+                for (int h = 0; h < D / 64; ++h) {
+                    const auto* const from = reinterpret_cast<const float4*>(staging + row * D + ((8 * h + u) ^ row) * 8);
+                    const float4 low = from[0];
+                    const float4 high = from[1];
+                    float* const x = y + 8 * h;
+                    x[0] = low.x;
+                    x[1] = low.y;
+                    x[2] = low.z;
+                    x[3] = low.w;
+                    x[4] = high.x;
+                    x[5] = high.y;
+                    x[6] = high.z;
+                    x[7] = high.w;
+                }
+                hadamard(y, u);
+                flip(y, signs);
+                store_row(y, warp * 16 + 8 * r + row, u);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void warpgroup_barrier(int warp) {
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory");
     }
 
     __device__ __forceinline__ void attend(int warp, int lane) const {
         const int g = lane / 4;
         const int t = lane % 4;
-        RowState rows[2];
-        prepare_row(rows[0], warp, g, t);
-        prepare_row(rows[1], warp, g + 8, t);
+        prepare_rows(warp, lane);
         barrier_fence(); // the tensor cores read the queries past the ordinary path
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + warp / 4) : "memory"); // the warpgroup
+        warpgroup_barrier(warp);
+        RowState rows[2] = {begin_row(warp * 16 + g), begin_row(warp * 16 + 8 + g)};
         const uint32_t q = shared_address(queries) + warp / 4 * (64 * D * 2);
         float o[D / 2];
 #pragma unroll
@@ -514,8 +650,8 @@ struct Flash {
             }
         }
         P::wait(s, o);
-        write_row(o, 0, rows[0], warp, g, t);
-        write_row(o, 1, rows[1], warp, g + 8, t);
+        warpgroup_barrier(warp); // all have read the queries
+        write_rows(o, rows, warp, lane);
     }
 };
 
