@@ -23,7 +23,7 @@ struct AttentionCase {
     bool small = false;     // prefill: with the least workspace
     int32_t max_length = 0; // of a prefill; 0: the longest sequence's, and some
     bool unaligned = false; // q and out begin one element further
-    bool peaky = false; // queries near some keys: large scores
+    bool peaky = false;     // queries near some keys: large scores
     tq_cuda_type type = TQ_CUDA_F32;
     uint32_t seed = 1;
 };
@@ -33,7 +33,8 @@ inline std::ostream& operator<<(std::ostream& o, const AttentionCase& c) {
       << c.shape.key_bits << '/' << c.shape.value_bits << " page " << c.shape.page_size << " q_len " << c.q_len
       << " softcap " << c.softcap << " sliding " << c.sliding_window << " not causal " << c.not_causal
       << " sink logits " << c.sink_logits << " conditioned " << c.conditioned << " sinks " << c.sinks << " window "
-      << c.window << " ring " << c.ring << " blocks " << c.n_blocks << " prefill " << c.prefill << " small " << c.small << " type " << c.type << " seed " << c.seed << " lengths";
+      << c.window << " ring " << c.ring << " blocks " << c.n_blocks << " prefill " << c.prefill << " small " << c.small
+      << " type " << c.type << " seed " << c.seed << " lengths";
     for (const int32_t n : c.lengths) {
         o << ' ' << n;
     }
@@ -108,9 +109,7 @@ public:
 private:
     int batch() const { return static_cast<int>(case_.lengths.size()); }
     int heads() const { return case_.shape.kv_heads * case_.group; }
-    int ring() const {
-        return case_.ring > 0 ? case_.ring : case_.window > 0 ? case_.window + case_.q_len - 1 : 0;
-    }
+    int ring() const { return case_.ring > 0 ? case_.ring : case_.window > 0 ? case_.window + case_.q_len - 1 : 0; }
     int elements() const { return case_.shape.kv_heads * case_.shape.head_size; }
 
     void layout() {

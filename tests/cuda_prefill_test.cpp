@@ -88,8 +88,13 @@ TEST(CudaPrefill, ConditionedKeys) {
 TEST(CudaPrefill, ExactRows) { // kept as fp16 in the rotated basis: that rounding is in the bound
     TQ_NEED_GPU();
     for (const int head_size : {64, 128, 256}) {
-        for (const auto& [sinks, window, ring] : {std::tuple{4, 0, 0}, {0, 32, 0}, {4, 32, 0}, {4, 128, 0}, {70, 5, 0},
-                                                  {0, 32, 32}, {4, 128, 150}}) { // a ring that holds less than asked for
+        for (const auto& [sinks, window, ring] : {std::tuple{4, 0, 0},
+                                                  {0, 32, 0},
+                                                  {4, 32, 0},
+                                                  {4, 128, 0},
+                                                  {70, 5, 0},
+                                                  {0, 32, 32},
+                                                  {4, 128, 150}}) { // a ring that holds less than asked for
             for (const int sliding : {0, 100}) {
                 AttentionCase c = prefill_case(head_size == 128 ? 200 : 90, {500, 16, 36, 150, 64});
                 c.shape.head_size = head_size;

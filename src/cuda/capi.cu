@@ -91,6 +91,14 @@ int cache_tile_bytes(const tq_cuda_cache& c) {
     return tile_bytes(c.head_size, c.key_bits, c.value_bits);
 }
 
+int page_shift(const tq_cuda_cache& c) {
+    int shift = 0;
+    while (1 << shift < c.page_size) {
+        ++shift;
+    }
+    return shift;
+}
+
 std::string heads_problem(const tq_cuda_cache& c, const tq_cuda_attention& a) {
     if (a.batch < 1) {
         return "batch " + std::to_string(a.batch) + " is not positive";
@@ -138,7 +146,7 @@ bool type_ok(int32_t type) {
 
 namespace {
 
-SideTable side_table(int bits, turboquant::ScaleRule rule) {
+SideTable side_table(int bits, turboquant::ScaleRule rule, int head_size) {
     const turboquant::EncodeTable& from = turboquant::encode_table(bits);
     SideTable table{};
     table.bits = bits;
@@ -148,9 +156,11 @@ SideTable side_table(int bits, turboquant::ScaleRule rule) {
         table.threshold[k] = from.threshold[k];
         table.step[k] = from.step[k];
     }
-    table.stretch_slope = from.stretch_slope;
-    table.stretch_origin = from.stretch_origin;
-    table.stretch_growth = from.stretch_growth;
+    // As codec/kernels.inc computes them, rounded after every operation.
+    const float size = std::sqrt(std::sqrt(static_cast<float>(head_size) / 64.0F));
+    table.stretch_per_peak = from.stretch_slope / size;
+    const float growth = from.stretch_growth * size;
+    table.stretch_from = from.stretch_origin + growth;
     return table;
 }
 
@@ -162,11 +172,12 @@ PagesArgs pages_args(const tq_cuda_cache& c) {
     p.n_slots = c.n_pages * c.page_size;
     p.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
     p.page_size = c.page_size;
+    p.page_shift = page_shift(c);
     p.kv_heads = c.kv_heads;
     p.tile_bytes = cache_tile_bytes(c);
     rotation_signs(c.head_size, p.signs);
-    p.side[0] = side_table(c.key_bits, turboquant::ScaleRule::unbiased);
-    p.side[1] = side_table(c.value_bits, turboquant::ScaleRule::matched);
+    p.side[0] = side_table(c.key_bits, turboquant::ScaleRule::unbiased, c.head_size);
+    p.side[1] = side_table(c.value_bits, turboquant::ScaleRule::matched, c.head_size);
     return p;
 }
 
@@ -241,7 +252,8 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
     if (!type_ok(write->type)) {
         return invalid(kCall, "type " + std::to_string(write->type) + " is none of tq_cuda_type");
     }
-    if (write->n < 0 || (write->n > 0 && (write->keys == nullptr || write->values == nullptr || write->slots == nullptr))) {
+    if (write->n < 0 ||
+        (write->n > 0 && (write->keys == nullptr || write->values == nullptr || write->slots == nullptr))) {
         return invalid(kCall, "keys, values or slots are null, or n is negative");
     }
     if (write->exact_rows != nullptr && cache->exact_keys == nullptr) {
@@ -264,6 +276,23 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
     args.exact[0] = static_cast<uint16_t*>(cache->exact_keys);
     args.exact[1] = static_cast<uint16_t*>(cache->exact_values);
     args.type = write->type;
+    args.norm = 1.0F / std::sqrt(static_cast<float>(cache->head_size));
+    const int64_t width = write->type == TQ_CUDA_F32 ? 4 : 2;
+    for (int side = 0; side < 2; ++side) {
+        args.vectors[side] = reinterpret_cast<uintptr_t>(args.x[side]) % static_cast<uintptr_t>(4 * width) == 0 &&
+                                     args.stride[side] % 4 == 0 && args.head_stride[side] % 4 == 0
+                                 ? 1
+                                 : 0;
+    }
+    for (int pair = 0; pair < cache->head_size / 8; ++pair) {
+        for (int w = 0; w < 4; ++w) {
+            for (int i = 0; i < 2; ++i) {
+                const int channel = pair / 2 * 16 + 4 * w + pair % 2 * 2 + i;
+                const uint32_t negative = args.cache.signs[channel / 32] >> (channel % 32) & 1U;
+                args.pair_signs[pair / 16][w] |= negative << (pair % 16 + 16 * i);
+            }
+        }
+    }
     return cuda_status(kCall, launch_encode(args, cache->head_size, static_cast<cudaStream_t>(stream)));
 }
 
@@ -328,8 +357,8 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
         return invalid(kCall, problem);
     }
     if (c.window > 0 && c.ring < c.window + a.q_len - 1) {
-        return invalid(kCall, "ring " + std::to_string(c.ring) + " is less than window + q_len - 1 = " +
-                                  std::to_string(c.window + a.q_len - 1));
+        return invalid(kCall, "ring " + std::to_string(c.ring) +
+                                  " is less than window + q_len - 1 = " + std::to_string(c.window + a.q_len - 1));
     }
     if (a.workspace == nullptr || a.workspace_size < plan.workspace) {
         return invalid(kCall, "the workspace has " + std::to_string(a.workspace_size) + " bytes, " +
@@ -365,7 +394,7 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
     args.group = plan.group;
     args.query_blocks = plan.query_blocks;
     args.page_size = c.page_size;
-    args.page_shift = static_cast<int32_t>(std::log2(c.page_size));
+    args.page_shift = page_shift(c);
     args.key_bits = c.key_bits;
     args.value_bits = c.value_bits;
     args.tile_bytes = cache_tile_bytes(c);

@@ -24,6 +24,7 @@ std::string heads_problem(const tq_cuda_cache& c, const tq_cuda_attention& a);
 std::string attention_problem(const tq_cuda_cache& c, const tq_cuda_attention& a);
 
 int cache_tile_bytes(const tq_cuda_cache& c);
+int page_shift(const tq_cuda_cache& c); // page_size = 1 << it
 bool type_ok(int32_t type);
 // Bit c % 32 of word c / 32: the rotation negates channel c. `signs` must be zero.
 void rotation_signs(int head_size, uint32_t (&signs)[8]);

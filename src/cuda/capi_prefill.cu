@@ -98,8 +98,9 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     }
     if (a.workspace == nullptr || reinterpret_cast<uintptr_t>(a.workspace) % 256 != 0 ||
         a.workspace_size < plan.item_bytes) {
-        return invalid(kCall, "the workspace is null, not 256-byte aligned, or its " + std::to_string(a.workspace_size) +
-                                  " bytes are less than the " + std::to_string(plan.item_bytes) + " needed");
+        return invalid(kCall, "the workspace is null, not 256-byte aligned, or its " +
+                                  std::to_string(a.workspace_size) + " bytes are less than the " +
+                                  std::to_string(plan.item_bytes) + " needed");
     }
     PrefillArgs args{};
     args.pages = static_cast<const uint8_t*>(c.pages);
@@ -132,8 +133,7 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     args.code_images = static_cast<int32_t>(plan.code_images);
     args.exact_images = static_cast<int32_t>(plan.exact_images);
     args.page_size = c.page_size;
-    for (args.page_shift = 0; 1 << args.page_shift < c.page_size; ++args.page_shift) {
-    }
+    args.page_shift = page_shift(c);
     args.key_bits = c.key_bits;
     args.value_bits = c.value_bits;
     args.tile_bytes = cache_tile_bytes(c);

@@ -1,5 +1,8 @@
-// Quantise on write, and reading back. Every operation on numbers is the CPU's (codec/kernels.inc), in its order and
-// without contraction, so codes and scales come out the same bit for bit.
+// Quantise on write. Every operation on numbers is the CPU's (codec/kernels.inc), in its order and without contraction,
+// so codes and scales come out the same bit for bit.
+//
+// Four lanes take a row, lane w of them channels 16 k + 4 w + (0..3): loads are whole vectors, only two of the seven
+// stages of the rotation (and of the sums over 16 partial sums) cross lanes, and four codes make a word at once.
 #include "cuda/device.cuh"
 #include "cuda/encode.h"
 #include "cuda/gpu_layout.h"
@@ -13,259 +16,457 @@ constexpr unsigned kAll = 0xffffffffU;
 constexpr uint32_t kInfinity = 0x7f800000U;
 constexpr uint32_t kOrdinaryLow = (127U - 30U) << 23;
 constexpr uint32_t kOrdinaryHigh = (127U + 30U) << 23;
-constexpr int kTagElements = 64; // of a row: their lowest fp16 bit is always zero (docs/format.md)
-constexpr int kEncodeThreads = 512; // 16 lanes a row, 16 rows, keys and values
+constexpr int kTagElements = 64;    // of a row: their lowest fp16 bit is always zero (docs/format.md)
+constexpr int kEncodeThreads = 128; // 4 lanes a row, 16 rows, keys and values
+constexpr int kSideThreads = kEncodeThreads / 2;
 
-// Sums and maxima over the 16 lanes of a row, in the order that the format fixes.
-__device__ __forceinline__ float sum16(float x) {
-    x = __fadd_rn(x, __shfl_xor_sync(kAll, x, 8));
-    x = __fadd_rn(x, __shfl_xor_sync(kAll, x, 4));
-    x = __fadd_rn(x, __shfl_xor_sync(kAll, x, 2));
-    return __fadd_rn(x, __shfl_xor_sync(kAll, x, 1));
-}
-__device__ __forceinline__ uint32_t max16(uint32_t x) {
-#pragma unroll
-    for (int h = 8; h > 0; h /= 2) {
-        x = max(x, __shfl_xor_sync(kAll, x, h));
-    }
-    return x;
-}
-
-// One row by 16 lanes, lane l holding channels l, l + 16, ...
+// One row by four lanes.
 template <int D>
 struct Row {
-    static constexpr int kOwn = D / 16;
-    float y[kOwn];
-    uint32_t top; // largest magnitude, bits
+    static constexpr int kSteps = D / 16;
+    float y[kSteps][4];
+    float top; // largest magnitude; of a row with NaN or infinity: infinity or 0
 };
 
-template <int N, class T>
-__device__ __forceinline__ void load_strided(float (&y)[N], const T* x) { // every 16th element
+// The 16 partial sums of a row meet: i with i + 8, then 4, 2, 1 (part of the format).
+__device__ __forceinline__ float sum16(float (&p)[4]) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-        y[k] = static_cast<float>(x[16 * k]);
+    for (int h = 2; h > 0; h /= 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            p[i] = __fadd_rn(p[i], __shfl_xor_sync(kAll, p[i], h));
+        }
     }
+    return __fadd_rn(__fadd_rn(p[0], p[2]), __fadd_rn(p[1], p[3]));
 }
 
-// Rounds to fp16 as the CPU does and gives the row's conditioned, rotated numbers.
+// Loads a row, rounds it to fp16 as the CPU does, and gives its conditioned, rotated numbers.
 template <int D>
-__device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_t token, int head, int l, Row<D>& row) {
-    constexpr int kOwn = Row<D>::kOwn;
+__device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_t token, int head, int w, Row<D>& row) {
+    constexpr int kSteps = Row<D>::kSteps;
     const bool there = token < a.n;
-    const int64_t at = token * a.stride[side] + head * a.head_stride[side];
-    bool finite = true;
+    const int64_t at = token * a.stride[side] + head * a.head_stride[side] + 4 * w;
+    bool bad = false;
+    uint32_t halves[kSteps][2];
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        row.y[k] = 0;
+    for (int k = 0; k < kSteps; ++k) {
+        halves[k][0] = halves[k][1] = 0;
     }
-    if (there && a.type == 0) {
-        load_strided(row.y, static_cast<const float*>(a.x[side]) + at + l);
-    } else if (there && a.type == 1) {
-        load_strided(row.y, static_cast<const __half*>(a.x[side]) + at + l);
+    if (there && a.type == 1) {
+        const auto* const from = static_cast<const uint16_t*>(a.x[side]) + at;
+        if (a.vectors[side] != 0) {
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                const uint2 four = *reinterpret_cast<const uint2*>(from + 16 * k);
+                halves[k][0] = four.x;
+                halves[k][1] = four.y;
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    halves[k][i] = static_cast<uint32_t>(from[16 * k + 2 * i]) |
+                                   static_cast<uint32_t>(from[16 * k + 2 * i + 1]) << 16;
+                }
+            }
+        }
+        if (a.cache.mu != nullptr && side == 0) { // any exponent of ones?
+            uint32_t seen = 0;
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                seen |= ((halves[k][0] & 0x7fff7fffU) + 0x04000400U) | ((halves[k][1] & 0x7fff7fffU) + 0x04000400U);
+            }
+            bad = (seen & 0x80008000U) != 0;
+        } // without a mean the rotation spreads NaN and infinity over the whole row, whose largest tells
     } else if (there) {
-        load_strided(row.y, static_cast<const __nv_bfloat16*>(a.x[side]) + at + l);
+        float finite = 0; // NaN once anything was not finite
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            float x[4];
+            if (a.type == 0 && a.vectors[side] != 0) {
+                const float4 four =
+                    *reinterpret_cast<const float4*>(static_cast<const float*>(a.x[side]) + at + 16 * k);
+                x[0] = four.x;
+                x[1] = four.y;
+                x[2] = four.z;
+                x[3] = four.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    x[i] = load_element(a.x[side], at + 16 * k + i, a.type);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                finite = fmaf(x[i], 0.0F, finite);
+                x[i] = fminf(fmaxf(x[i], -65504.0F), 65504.0F);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const __half2 two = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+                halves[k][i] = reinterpret_cast<const uint32_t&>(two);
+            }
+        }
+        bad = finite != finite;
+    }
+    // A row with NaN or infinity is one of zeros (before the mean is taken off).
+    const unsigned bad_lanes = __ballot_sync(kAll, bad);
+    if (bad_lanes != 0) {
+        const bool zero = (bad_lanes >> (threadIdx.x & 28U) & 15U) != 0;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            halves[k][0] = zero ? 0 : halves[k][0];
+            halves[k][1] = zero ? 0 : halves[k][1];
+        }
+    }
+    // Signs of the rotation, for pairs of elements: bits 15 and 31 after a shift.
+    uint32_t signs[D > 128 ? 2 : 1];
+#pragma unroll
+    for (int i = 0; i < (D > 128 ? 2 : 1); ++i) {
+        const uint32_t(&of)[4] = a.pair_signs[i];
+        signs[i] = (w & 2) != 0 ? ((w & 1) != 0 ? of[3] : of[2]) : ((w & 1) != 0 ? of[1] : of[0]);
+    }
+    const uint32_t tags = head == 0 ? 0xfffefffeU : 0xffffffffU;
+    const float* const mu = side == 0 ? a.cache.mu : nullptr;
+    const float* const lambda = side == 0 ? a.cache.lambda : nullptr;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int pair = 2 * k + i;
+            uint32_t two = halves[k][i] & (16 * k < kTagElements ? tags : 0xffffffffU);
+            const uint32_t flip = signs[pair / 16] << (15 - pair % 16) & 0x80008000U;
+            if (mu == nullptr && lambda == nullptr) {
+                two ^= flip;
+            }
+            float2 x = __half22float2(reinterpret_cast<const __half2&>(two));
+            if (mu != nullptr || lambda != nullptr) {
+                const int64_t channel = head * D + 16 * k + 4 * w + 2 * i;
+                if (mu != nullptr) {
+                    x.x = __fsub_rn(x.x, mu[channel]);
+                    x.y = __fsub_rn(x.y, mu[channel + 1]);
+                }
+                if (lambda != nullptr) {
+                    x.x = __fmul_rn(x.x, lambda[channel]);
+                    x.y = __fmul_rn(x.y, lambda[channel + 1]);
+                }
+                x.x = __uint_as_float(__float_as_uint(x.x) ^ (flip << 16 & 0x80000000U));
+                x.y = __uint_as_float(__float_as_uint(x.y) ^ (flip & 0x80000000U));
+            }
+            row.y[k][2 * i] = x.x;
+            row.y[k][2 * i + 1] = x.y;
+        }
+    }
+    const auto butterfly = [](float& p, float& q) {
+        const float sum = __fadd_rn(p, q);
+        q = __fsub_rn(p, q);
+        p = sum;
+    };
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        butterfly(row.y[k][0], row.y[k][1]);
+        butterfly(row.y[k][2], row.y[k][3]);
+        butterfly(row.y[k][0], row.y[k][2]);
+        butterfly(row.y[k][1], row.y[k][3]);
     }
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        finite = finite && (__float_as_uint(row.y[k]) & 0x7fffffffU) < kInfinity;
-    }
-    // Every lane takes part; the ballot is cut to the row's half.
-    const unsigned bad = __ballot_sync(kAll, !finite) >> (threadIdx.x & 16U) & 0xffffU;
+    for (int h = 1; h < 4; h *= 2) {
+        const float sign = (w & h) != 0 ? -1.0F : 1.0F;
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        const int channel = l + 16 * k;
-        float x = fminf(fmaxf(row.y[k], -65504.0F), 65504.0F);
-        if (bad != 0) {
-            x = 0;
-        }
-        uint16_t h = __half_as_ushort(__float2half_rn(x));
-        if (head == 0 && channel < kTagElements) {
-            h &= 0xfffeU;
-        }
-        x = __half2float(__ushort_as_half(h));
-        // Lane l's channel l + 16 k is bit l + 16 (k % 2) of word k / 2.
-        const float sign = (a.cache.signs[k / 2] >> (l + 16 * (k % 2)) & 1U) != 0 ? -1.0F : 1.0F;
-        float factor = sign;
-        float mean = 0;
-        if (side == 0 && a.cache.lambda != nullptr) {
-            factor = __fmul_rn(a.cache.lambda[head * D + channel], sign);
-        }
-        if (side == 0 && a.cache.mu != nullptr) {
-            mean = a.cache.mu[head * D + channel];
-        }
-        row.y[k] = __fmul_rn(__fsub_rn(x, mean), factor);
-    }
+        for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-    for (int h = 1; h < 16; h *= 2) {
-        const float sign = (l & h) != 0 ? -1.0F : 1.0F;
-#pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            const float other = __shfl_xor_sync(kAll, row.y[k], h);
-            row.y[k] = __fmaf_rn(row.y[k], sign, other); // exact product: one rounding
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < kOwn; h *= 2) {
-#pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            if ((k & h) == 0) {
-                const float p = row.y[k];
-                const float q = row.y[k + h];
-                row.y[k] = __fadd_rn(p, q);
-                row.y[k + h] = __fsub_rn(p, q);
+            for (int i = 0; i < 4; ++i) {
+                const float other = __shfl_xor_sync(kAll, row.y[k][i], h);
+                row.y[k][i] = __fmaf_rn(row.y[k][i], sign, other); // exact product: one rounding
             }
         }
     }
-    const float norm = __fdiv_rn(1.0F, __fsqrt_rn(static_cast<float>(D)));
-    uint32_t top = 0;
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        row.y[k] = __fmul_rn(row.y[k], norm);
-        top = max(top, __float_as_uint(row.y[k]) & 0x7fffffffU);
+    for (int h = 1; h < kSteps; h *= 2) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            if ((k & h) == 0) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    butterfly(row.y[k][i], row.y[k + h][i]);
+                }
+            }
+        }
     }
-    row.top = max16(top);
+    row.top = 0;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            row.y[k][i] = __fmul_rn(row.y[k][i], a.norm);
+            row.top = fmaxf(row.top, fabsf(row.y[k][i]));
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < 4; h *= 2) {
+        row.top = fmaxf(row.top, __shfl_xor_sync(kAll, row.top, h));
+    }
 }
 
 __device__ __forceinline__ float rule_scale(float norm2, float dot, float code2, int rule) {
     return rule == 0 ? __fdiv_rn(norm2, dot) : rule == 1 ? __fsqrt_rn(__fdiv_rn(norm2, code2)) : __fdiv_rn(dot, code2);
 }
 
-// How many thresholds lie below a magnitude, by halving, and the codebook's integer there.
-template <int BITS>
-__device__ __forceinline__ void find_level(const float (&threshold)[(1 << (BITS - 1)) - 1], float magnitude,
-                                           uint32_t& index, float& level) {
-    constexpr int kThresholds = (1 << (BITS - 1)) - 1;
-    constexpr uint32_t kLow = BITS == 2   ? bytes_of(35, 117, 0, 0)
-                              : BITS == 3 ? bytes_of(13, 41, 73, 117)
-                                          : bytes_of(5, 15, 25, 37);
-    constexpr uint32_t kHigh = bytes_of(49, 63, 81, 107); // of 4 bits
-    const bool upper = magnitude > threshold[kThresholds / 2];
-    index = upper ? (kThresholds + 1) / 2 : 0;
-    if constexpr (BITS == 3) {
-        index += magnitude > (upper ? threshold[2] : threshold[0]) ? 1 : 0;
-    } else if constexpr (BITS == 4) {
-        const bool middle = magnitude > (upper ? threshold[5] : threshold[1]);
-        index += middle ? 2 : 0;
-        const float last = upper ? (middle ? threshold[6] : threshold[4]) : (middle ? threshold[2] : threshold[0]);
-        index += magnitude > last ? 1 : 0;
-    }
-    level = static_cast<float>(prmt(kLow, kHigh, index) & 255U);
+// 1 if a > b, else 0, for numbers of at most 2^60 that differ by 2^-61 if they differ: on the multiplication pipe, as
+// the one for comparisons is the narrower. `b` comes times -2^64.
+__device__ __forceinline__ float above(float a, float b) {
+    return __saturatef(__fmaf_rn(a, 0x1p64F, b));
 }
 
-// Codes of a row, channel c's to codes[c]; returns the scale, in every lane.
-template <int D, int BITS>
-__device__ __forceinline__ uint16_t encode_row(const SideTable& table, const Row<D>& row, int l, uint8_t* codes) {
-    constexpr int kOwn = Row<D>::kOwn;
-    // Below 2^-100 the scale is far under the smallest fp16. Lanes of a warp hold two rows: no early return.
-    const bool empty = row.top >= kInfinity || row.top < (27U << 23);
-    float shrink = 1;
-    float grow = 1;
-    if (!empty && row.top - kOrdinaryLow >= kOrdinaryHigh - kOrdinaryLow) {
-        const uint32_t exponent = row.top >> 23;
-        shrink = __uint_as_float((254U - exponent) << 23 | (exponent == 254U ? 1U << 22 : 0U));
-        grow = __uint_as_float(exponent << 23);
+// How many thresholds lie below a magnitude, times `unit`, added to `sum`. Thresholds come times -2^64, but the middle
+// one of seven, which halves the search, as it is.
+template <int BITS>
+__device__ __forceinline__ float count_thresholds(const float (&threshold)[(1 << (BITS - 1)) - 1], float magnitude,
+                                                  float unit, float sum) {
+    if constexpr (BITS == 2) {
+        return fmaf(above(magnitude, threshold[0]), unit, sum);
+    } else if constexpr (BITS == 3) {
+        sum = fmaf(above(magnitude, threshold[0]), unit, sum);
+        sum = fmaf(above(magnitude, threshold[1]), unit, sum);
+        return fmaf(above(magnitude, threshold[2]), unit, sum);
+    } else {
+        const bool upper = magnitude > threshold[3];
+        sum = upper ? sum + 4 * unit : sum;
+        sum = fmaf(above(magnitude, upper ? threshold[4] : threshold[0]), unit, sum);
+        sum = fmaf(above(magnitude, upper ? threshold[5] : threshold[1]), unit, sum);
+        return fmaf(above(magnitude, upper ? threshold[6] : threshold[2]), unit, sum);
     }
-    float square = 0;
+}
+
+// Four bytes below 16 as four nibbles, in bits 0 to 7 and 16 to 23.
+__device__ __forceinline__ uint32_t nibbles(uint32_t bytes) {
+    return bytes | bytes >> 4;
+}
+
+// Codes of a row, channel c's to byte c of `codes`; returns the scale, in every lane.
+template <int D, int BITS>
+__device__ __forceinline__ uint16_t encode_row(const SideTable& table, Row<D>& row, int w, uint8_t* codes) {
+    constexpr int kSteps = Row<D>::kSteps;
+    // Below 2^-100 the scale is far under the smallest fp16. Lanes of a warp hold eight rows: no early return.
+    const uint32_t top = __float_as_uint(row.top);
+    const bool empty = top >= kInfinity || top < (27U << 23);
+    float grow = 1;
+    float largest = row.top;
+    const bool extreme = !empty && top - kOrdinaryLow >= kOrdinaryHigh - kOrdinaryLow;
+    if (__any_sync(kAll, extreme || empty)) {
+        float shrink = 1;
+        if (extreme) {
+            const uint32_t exponent = top >> 23;
+            shrink = __uint_as_float((254U - exponent) << 23 | (exponent == 254U ? 1U << 22 : 0U));
+            grow = __uint_as_float(exponent << 23);
+        }
+        largest = __fmul_rn(largest, shrink);
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        const float v = __fmul_rn(row.y[k], shrink);
-        square = __fadd_rn(square, __fmul_rn(v, v));
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                row.y[k][i] = empty ? 0.0F : __fmul_rn(row.y[k][i], shrink);
+            }
+        }
+    }
+    float square[4] = {};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            square[i] = __fadd_rn(square[i], __fmul_rn(row.y[k][i], row.y[k][i]));
+        }
     }
     const float norm2 = sum16(square);
-    const float largest = __fmul_rn(__uint_as_float(row.top), shrink);
-    float dot = 0;
-    float code2 = 0;
-    uint8_t code[kOwn];
+    float dot[4] = {};
+    int code2 = 0; // a sum of squares of integers: below 2^24, so exact in any order
+    uint32_t packed[kSteps];
     if constexpr (BITS == 8) {
         const float step = __fdiv_rn(127.0F, largest);
 #pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            const float v = __fmul_rn(row.y[k], shrink);
-            const float rounded = __fadd_rn(__fmul_rn(v, step), 12582912.0F);
-            const float c = __fsub_rn(rounded, 12582912.0F);
-            dot = __fadd_rn(dot, __fmul_rn(v, c));
-            code2 = __fadd_rn(code2, __fmul_rn(c, c));
-            code[k] = static_cast<uint8_t>(__float_as_uint(rounded) & 255U);
+        for (int k = 0; k < kSteps; ++k) {
+            uint32_t rounded[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float r = __fadd_rn(__fmul_rn(row.y[k][i], step), 12582912.0F);
+                dot[i] = __fadd_rn(dot[i], __fmul_rn(row.y[k][i], __fsub_rn(r, 12582912.0F)));
+                rounded[i] = __float_as_uint(r);
+            }
+            packed[k] = prmt(prmt(rounded[0], rounded[1], 0x0040U), prmt(rounded[2], rounded[3], 0x0040U), 0x5410U);
+            code2 = __dp4a(static_cast<int>(packed[k]), static_cast<int>(packed[k]), code2);
         }
     } else {
         constexpr int kThresholds = (1 << (BITS - 1)) - 1;
-        const float sigma0 = __fsqrt_rn(__fdiv_rn(norm2, static_cast<float>(D)));
+        const float sigma0 = __fsqrt_rn(__fmul_rn(norm2, 1.0F / D)); // a power of two: as the division
         const float peak = __fdiv_rn(largest, sigma0);
-        const float size = __fsqrt_rn(__fsqrt_rn(__fdiv_rn(static_cast<float>(D), 64.0F)));
-        float stretch = __fadd_rn(
-            1.0F, __fmul_rn(__fdiv_rn(table.stretch_slope, size),
-                            __fsub_rn(peak, __fadd_rn(table.stretch_origin, __fmul_rn(table.stretch_growth, size)))));
+        float stretch = __fadd_rn(1.0F, __fmul_rn(table.stretch_per_peak, __fsub_rn(peak, table.stretch_from)));
         stretch = 0.75F > stretch ? 0.75F : stretch;
         stretch = 1.25F < stretch ? 1.25F : stretch;
         const float sigma = __fmul_rn(sigma0, stretch);
         float threshold[kThresholds];
 #pragma unroll
         for (int k = 0; k < kThresholds; ++k) {
-            threshold[k] = __fmul_rn(table.threshold[k], sigma);
+            threshold[k] = __fmul_rn(table.threshold[k], sigma) * (BITS == 4 && k == 3 ? 1.0F : -0x1p64F);
         }
+        constexpr uint32_t kLow = BITS == 2   ? bytes_of(35, 117, 0, 0)
+                                  : BITS == 3 ? bytes_of(13, 41, 73, 117)
+                                              : bytes_of(5, 15, 25, 37);
+        constexpr uint32_t kHigh = bytes_of(49, 63, 81, 107); // of 4 bits
 #pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            const float v = __fmul_rn(row.y[k], shrink);
-            const float magnitude = fabsf(v);
-            uint32_t index;
-            float level;
-            find_level<BITS>(threshold, magnitude, index, level);
-            dot = __fadd_rn(dot, __fmul_rn(magnitude, level));
-            code2 = __fadd_rn(code2, __fmul_rn(level, level));
-            code[k] = static_cast<uint8_t>(index | (__float_as_uint(v) >> 31 << (BITS - 1)));
+        for (int k = 0; k < kSteps; ++k) {
+            // Two indices a byte apart, counted in the low bits of a float.
+            uint32_t pairs[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float sum = 8388608.0F;
+                sum = count_thresholds<BITS>(threshold, fabsf(row.y[k][2 * i]), 1.0F, sum);
+                sum = count_thresholds<BITS>(threshold, fabsf(row.y[k][2 * i + 1]), 256.0F, sum);
+                pairs[i] = __float_as_uint(sum);
+            }
+            const uint32_t index = prmt(pairs[0], pairs[1], 0x5410U);
+            const uint32_t level = prmt(kLow, kHigh, prmt(nibbles(index), 0, 0x4420U));
+            code2 = __dp4a(static_cast<int>(level), static_cast<int>(level), code2);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                dot[i] = __fadd_rn(dot[i], __fmul_rn(fabsf(row.y[k][i]), static_cast<float>(level >> (8 * i) & 255U)));
+            }
+            const uint32_t sign =
+                prmt(prmt(__float_as_uint(row.y[k][0]), __float_as_uint(row.y[k][1]), 0x0073U),
+                     prmt(__float_as_uint(row.y[k][2]), __float_as_uint(row.y[k][3]), 0x0073U), 0x5410U);
+            packed[k] = index | (sign >> (8 - BITS) & 0x01010101U << (BITS - 1));
         }
     }
-    dot = sum16(dot);
-    code2 = sum16(code2);
-    float s = __fmul_rn(rule_scale(norm2, dot, code2, table.rule), grow);
+    const float dots = sum16(dot);
+#pragma unroll
+    for (int h = 1; h < 4; h *= 2) {
+        code2 += __shfl_xor_sync(kAll, code2, h);
+    }
+    float s = __fmul_rn(rule_scale(norm2, dots, static_cast<float>(code2), table.rule), grow);
     s = s >= 65520.0F ? 65504.0F : s;
     uint16_t scale = __half_as_ushort(__float2half_rn(s));
     if (empty) {
         scale = 0;
     }
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        codes[l + 16 * k] = scale == 0 ? 0 : code[k];
+    for (int k = 0; k < kSteps; ++k) {
+        *reinterpret_cast<uint32_t*>(codes + 16 * k + 4 * w) = scale == 0 ? 0 : packed[k];
     }
     return scale;
 }
 
-// The word at `word` of `lane`'s words of a plane, from bytes codes[token][channel] of a tile.
-template <int D, int WIDTH>
-__device__ __forceinline__ uint32_t gather_word(const uint8_t* codes, int side, int lane, int word, int shift) {
-    uint32_t out = 0;
-    constexpr int kGroups = 8 / WIDTH; // of 4 codes in a word
+// ---- from bytes, a row's codes one after the other, to the layout of a tile -----------------------------------------
+
+// A row of codes in shared memory: padded, so that eight rows' words lie in different banks.
+template <int D>
+inline constexpr int kPitch = D + 16;
+inline constexpr int kPairPitch = kLanes + 4; // likewise, of words
+
+// Codes of 8 bits are words as they are, others nibbles: words of pairs of groups, [pair][lane]; of 8 bits two a pair.
+template <int D, bool BYTES>
+__device__ __forceinline__ void pair_values(const uint8_t* codes, uint32_t* pairs) {
+    // A thread: four channels (and those 8 on) of tokens 2t, 2t + 8, 2t + 1, 2t + 9.
+    for (int at = static_cast<int>(threadIdx.x) % kSideThreads; at < D / 2; at += kSideThreads) {
+        const int t = at % 4;
+        const int quad = at / 4 % 2;
+        const int pair = at / 8;
+        uint32_t turned[2][4]; // [8 channels on][channel]: a byte a token
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-        const int group = word * kGroups + i;
+        for (int i = 0; i < 2; ++i) {
+            const uint8_t* const from = codes + pair * 16 + i * 8 + quad * 4;
+            const auto word = [&](int token) { return *reinterpret_cast<const uint32_t*>(from + token * kPitch<D>); };
+            const uint32_t x0 = word(2 * t);
+            const uint32_t x1 = word(2 * t + 8);
+            const uint32_t x2 = word(2 * t + 1);
+            const uint32_t x3 = word(2 * t + 9);
+            const uint32_t low01 = prmt(x0, x1, 0x5140U);
+            const uint32_t high01 = prmt(x0, x1, 0x7362U);
+            const uint32_t low23 = prmt(x2, x3, 0x5140U);
+            const uint32_t high23 = prmt(x2, x3, 0x7362U);
+            turned[i][0] = prmt(low01, low23, 0x5410U);
+            turned[i][1] = prmt(low01, low23, 0x7632U);
+            turned[i][2] = prmt(high01, high23, 0x5410U);
+            turned[i][3] = prmt(high01, high23, 0x7632U);
+        }
 #pragma unroll
-        for (int element = 0; element < 4; ++element) {
-            int token;
-            int channel;
-            if (side == 0) { // the inverse of key_place
-                token = lane / 4 + group % 4 / 2 * 8;
-                channel = lane % 4 * (D / 4) + group / 4 * 8 + group % 2 * 4 + element;
-            } else { // of value_place
-                token = lane % 4 * 2 + element / 2 + element % 2 * 8;
-                channel = group / 2 * 16 + group % 2 * 8 + lane / 4;
+        for (int c = 0; c < 4; ++c) {
+            const int lane = (quad * 4 + c) * 4 + t;
+            if constexpr (BYTES) {
+                pairs[2 * pair * kPairPitch + lane] = turned[0][c];
+                pairs[(2 * pair + 1) * kPairPitch + lane] = turned[1][c];
+            } else {
+                pairs[pair * kPairPitch + lane] = prmt(nibbles(turned[0][c]), nibbles(turned[1][c]), 0x6420U);
             }
-            const uint32_t field = codes[token * D + channel] >> shift & ((1U << WIDTH) - 1U);
-            out |= field << word_place(WIDTH, group, element).bit;
         }
     }
-    return out;
 }
 
-// All words of a side of a full tile, by the 256 threads of that side.
-template <int D, int WIDTH>
-__device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, int side, int shift) {
-    constexpr int kWords = words_per_lane(D, WIDTH);
-    for (int at = threadIdx.x % 256; at < kWords * kLanes; at += 256) {
-        // In the order of memory: at = (chunk * 32 + lane) * chunk words + word within
-        constexpr int kChunk = chunk_words(D, WIDTH);
-        const int word = at / (kChunk * kLanes) * kChunk + at % kChunk;
-        const int lane = at / kChunk % kLanes;
-        reinterpret_cast<uint32_t*>(plane)[at] = gather_word<D, WIDTH>(codes, side, lane, word, shift);
+// The same of one lane and pair of keys, straight from the codes: 8 neighbouring channels of a token.
+template <int D>
+__device__ __forceinline__ uint2 key_bytes(const uint8_t* codes, int lane, int pair) {
+    return *reinterpret_cast<const uint2*>(codes + (lane / 4 + pair % 2 * 8) * kPitch<D> + lane % 4 * (D / 4) +
+                                           pair / 2 * 8);
+}
+
+// A plane of a full tile, by the threads of a side, 16 bytes at a time where a lane has so many. WIDTH 8: bytes; 4, 2:
+// the low bits; 1: bit 2.
+template <int D, int WIDTH, bool KEYS>
+__device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, const uint32_t* pairs) {
+    constexpr int kChunk = chunk_words(D, WIDTH);
+    constexpr int kChunks = words_per_lane(D, WIDTH) / kChunk;
+    const auto pair_of = [&](int lane, int pair) {
+        if constexpr (KEYS) {
+            const uint2 bytes = key_bytes<D>(codes, lane, pair);
+            return prmt(nibbles(bytes.x), nibbles(bytes.y), 0x6420U);
+        } else {
+            return pairs[pair * kPairPitch + lane];
+        }
+    };
+    for (int at = static_cast<int>(threadIdx.x) % kSideThreads; at < kChunks * kLanes; at += kSideThreads) {
+        const int lane = at % kLanes;
+        const int first = at / kLanes * kChunk;
+        uint32_t words[kChunk];
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+            const int word = first + i;
+            if constexpr (WIDTH == 8 && KEYS) {
+                const uint2 bytes = key_bytes<D>(codes, lane, word / 2);
+                words[i] = i % 2 == 0 ? bytes.x : bytes.y;
+            } else if constexpr (WIDTH == 8) {
+                words[i] = pairs[word * kPairPitch + lane];
+            } else if constexpr (WIDTH == 4) {
+                words[i] = pair_of(lane, word);
+            } else if constexpr (WIDTH == 2) {
+                words[i] = (pair_of(lane, 2 * word) & 0x33333333U) | (pair_of(lane, 2 * word + 1) & 0x33333333U) << 2;
+            } else {
+                words[i] = 0;
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    words[i] |= (pair_of(lane, 4 * word + p) >> 2 & 0x11111111U) << p;
+                }
+            }
+        }
+        auto* const to = reinterpret_cast<uint32_t*>(plane) + at * kChunk;
+        if constexpr (kChunk == 4) {
+            *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+        } else if constexpr (kChunk == 2) {
+            *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+        } else {
+            *to = words[0];
+        }
+    }
+}
+
+template <int D, bool KEYS>
+__device__ __forceinline__ void put_side(uint8_t* base, int bits, const uint8_t* codes, const uint32_t* pairs) {
+    switch (bits) {
+    case 2: put_plane<D, 2, KEYS>(base, codes, pairs); break;
+    case 3:
+        put_plane<D, 2, KEYS>(base, codes, pairs);
+        put_plane<D, 1, KEYS>(base + plane_bytes(D, 2), codes, pairs);
+        break;
+    case 4: put_plane<D, 4, KEYS>(base, codes, pairs); break;
+    default: put_plane<D, 8, KEYS>(base, codes, pairs); break;
     }
 }
 
@@ -273,7 +474,7 @@ __device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, 
 template <int D, int WIDTH>
 __device__ __forceinline__ void put_row(uint8_t* plane, int side, int token, const uint8_t* codes, int shift) {
     constexpr int kWords = words_per_lane(D, WIDTH);
-    constexpr int kGroups = 8 / WIDTH; // of 4 codes in a word
+    constexpr int kGroups = 8 / WIDTH;   // of 4 codes in a word
     const int lanes = side == 0 ? 4 : 8; // that hold the token's codes
     for (int at = threadIdx.x % 32; at < lanes * kWords; at += 32) {
         const int lane = side == 0 ? token % 8 * 4 + at % 4 : at % 8 * 4 + token % 8 / 2;
@@ -307,213 +508,121 @@ __device__ __forceinline__ void put_row(uint8_t* plane, int side, int token, con
 
 // A block: 16 rows of the input of one head, keys then values.
 template <int D>
-__global__ void __launch_bounds__(kEncodeThreads) encode_kernel(const __grid_constant__ EncodeArgs a) {
-    __shared__ __align__(16) uint8_t codes[2][kTileTokens][D];
+__global__ void __launch_bounds__(kEncodeThreads, D == 256 ? 3 : 5)
+    encode_kernel(const __grid_constant__ EncodeArgs a) {
+    __shared__ __align__(16) uint8_t codes[2][kTileTokens * kPitch<D>];
+    __shared__ uint32_t pairs[D / 8 * kPairPitch]; // of values
     __shared__ uint16_t scales[2][kTileTokens];
-    __shared__ int64_t slots[kTileTokens];
-    const int head = blockIdx.y;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
-    __shared__ bool whole_tile; // the rows fill a tile in order
-    if (threadIdx.x < 32) {
-        const int64_t token = first + threadIdx.x % kTileTokens;
-        int64_t slot = token < a.n ? a.slots[token] : -1;
-        slot = slot < a.cache.n_slots ? slot : -1;
-        const int64_t slot0 = __shfl_sync(kAll, slot, 0);
-        const bool fits = slot0 >= 0 && slot0 % kTileTokens == 0 && slot == slot0 + threadIdx.x % kTileTokens;
-        const bool all = __all_sync(kAll, fits);
-        if (threadIdx.x < kTileTokens) {
-            slots[threadIdx.x] = slot;
-        }
-        if (threadIdx.x == 0) {
-            whole_tile = all;
-        }
-    }
-    const int side = threadIdx.x / 256;
-    const int own = threadIdx.x / 16 % 16; // of the 16 rows
-    const int l = threadIdx.x % 16;
-    const int64_t exact = a.exact_rows != nullptr && first + own < a.n ? a.exact_rows[first + own] : -1;
-    {
+    const int head = static_cast<int>(blockIdx.y);
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * a.rows;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // Every warp for itself: lane i has the slot of row i % 16, and whether the rows fill a tile in order.
+    const int mine = lane % kTileTokens;
+    int64_t slot = mine < a.rows && first + mine < a.n ? a.slots[first + mine] : -1;
+    slot = slot < a.cache.n_slots ? slot : -1;
+    const int64_t slot0 = __shfl_sync(kAll, slot, 0);
+    const bool whole_tile = __all_sync(kAll, slot0 >= 0 && (slot0 & (kTileTokens - 1)) == 0 && slot == slot0 + mine);
+    const int side = static_cast<int>(threadIdx.x) / kSideThreads;
+    const int own = static_cast<int>(threadIdx.x) % kSideThreads / 4; // of the 16 rows
+    const int w = lane % 4;
+    if (own - lane / 4 < a.rows) { // else none of the warp's
+        const bool real = own < a.rows && first + own < a.n;
+        const int64_t exact = a.exact_rows != nullptr && real ? a.exact_rows[first + own] : -1;
         Row<D> row;
-        rotate_row<D>(a, side, first + own, head, l, row);
+        rotate_row<D>(a, side, real ? first + own : a.n, head, w, row);
         if (exact >= 0) {
-            uint16_t* const to = a.exact[side] + (exact * a.cache.kv_heads + head) * D;
+            auto* const to = reinterpret_cast<uint2*>(a.exact[side] + (exact * a.cache.kv_heads + head) * D + 4 * w);
+            const bool finite = row.y[0][0] - row.y[0][0] == 0; // or none of the row's are
 #pragma unroll
-            for (int k = 0; k < Row<D>::kOwn; ++k) {
-                to[l + 16 * k] = __half_as_ushort(__float2half_rn(fminf(fmaxf(row.y[k], -65504.0F), 65504.0F)));
+            for (int k = 0; k < Row<D>::kSteps; ++k) {
+                uint32_t two[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float x = fminf(fmaxf(row.y[k][2 * i], -65504.0F), 65504.0F);
+                    const float y = fminf(fmaxf(row.y[k][2 * i + 1], -65504.0F), 65504.0F);
+                    const __half2 h = finite ? __floats2half2_rn(x, y) : __half2{};
+                    two[i] = reinterpret_cast<const uint32_t&>(h);
+                }
+                to[4 * k] = {two[0], two[1]};
             }
         }
         const SideTable& table = a.cache.side[side];
+        uint8_t* const to = codes[side] + own * kPitch<D>;
         uint16_t scale;
         switch (table.bits) {
-        case 2: scale = encode_row<D, 2>(table, row, l, codes[side][own]); break;
-        case 3: scale = encode_row<D, 3>(table, row, l, codes[side][own]); break;
-        case 4: scale = encode_row<D, 4>(table, row, l, codes[side][own]); break;
-        default: scale = encode_row<D, 8>(table, row, l, codes[side][own]); break;
+        case 2: scale = encode_row<D, 2>(table, row, w, to); break;
+        case 3: scale = encode_row<D, 3>(table, row, w, to); break;
+        case 4: scale = encode_row<D, 4>(table, row, w, to); break;
+        default: scale = encode_row<D, 8>(table, row, w, to); break;
         }
-        if (l == 0) {
+        if (w == 0) {
             scales[side][own] = scale;
         }
     }
     __syncthreads();
-    const int key_bytes = side_bytes(D, a.cache.side[0].bits);
-    const int code_bytes = key_bytes + side_bytes(D, a.cache.side[1].bits);
-    const auto tile_of = [&](int64_t slot) {
-        const int64_t tiles = a.cache.page_size / kTileTokens;
-        return a.cache.pages + slot / a.cache.page_size * a.cache.page_bytes +
-               (head * tiles + slot % a.cache.page_size / kTileTokens) * a.cache.tile_bytes;
+    const int key_side = side_bytes(D, a.cache.side[0].bits);
+    const int code_bytes = key_side + side_bytes(D, a.cache.side[1].bits);
+    const auto tile_of = [&](int64_t of) {
+        const int tiles = a.cache.page_size / kTileTokens;
+        const int in_page = static_cast<int>(of) & (a.cache.page_size - 1);
+        return a.cache.pages + (of >> a.cache.page_shift) * a.cache.page_bytes +
+               static_cast<int64_t>(head * tiles + in_page / kTileTokens) * a.cache.tile_bytes;
     };
+    const int bits = a.cache.side[side].bits;
+    const int thread = static_cast<int>(threadIdx.x) % kSideThreads;
     if (whole_tile) {
-        uint8_t* const tile = tile_of(slots[0]);
-        uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
-        const uint8_t* const from = &codes[side][0][0];
-        switch (a.cache.side[side].bits) {
-        case 2: put_plane<D, 2>(base, from, side, 0); break;
-        case 3:
-            put_plane<D, 2>(base, from, side, 0);
-            put_plane<D, 1>(base + plane_bytes(D, 2), from, side, 2);
-            break;
-        case 4: put_plane<D, 4>(base, from, side, 0); break;
-        default: put_plane<D, 8>(base, from, side, 0); break;
+        uint8_t* const tile = tile_of(slot0);
+        if (side == 0) {
+            put_side<D, true>(tile, bits, codes[0], nullptr);
+        } else {
+            if (bits == 8) {
+                pair_values<D, true>(codes[1], pairs);
+            } else {
+                pair_values<D, false>(codes[1], pairs);
+            }
+            asm volatile("bar.sync 1, %0;" ::"n"(kSideThreads) : "memory"); // the values' warps
+            put_side<D, false>(tile + key_side, bits, codes[1], pairs);
         }
-        if (threadIdx.x % 256 < kTileTokens) {
-            const int token = threadIdx.x % 256;
-            reinterpret_cast<uint16_t*>(tile + code_bytes)[scale_index(token) + 2 * side] = scales[side][token];
+        if (thread < kTileTokens) {
+            reinterpret_cast<uint16_t*>(tile + code_bytes)[scale_index(thread) + 2 * side] = scales[side][thread];
         }
         return;
     }
-    for (int i = threadIdx.x % 256 / 32; i < kTileTokens; i += 8) { // a warp a row
-        if (slots[i] < 0) {
+    for (int i = thread / 32; i < a.rows; i += kSideThreads / 32) { // a warp a row
+        const int64_t to = __shfl_sync(kAll, slot, i);
+        if (to < 0) {
             continue;
         }
-        uint8_t* const tile = tile_of(slots[i]);
-        const int token = static_cast<int>(slots[i] % kTileTokens);
-        uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
-        switch (a.cache.side[side].bits) {
-        case 2: put_row<D, 2>(base, side, token, codes[side][i], 0); break;
+        uint8_t* const tile = tile_of(to);
+        const int token = static_cast<int>(to % kTileTokens);
+        uint8_t* const base = tile + (side == 0 ? 0 : key_side);
+        const uint8_t* const from = codes[side] + i * kPitch<D>;
+        switch (bits) {
+        case 2: put_row<D, 2>(base, side, token, from, 0); break;
         case 3:
-            put_row<D, 2>(base, side, token, codes[side][i], 0);
-            put_row<D, 1>(base + plane_bytes(D, 2), side, token, codes[side][i], 2);
+            put_row<D, 2>(base, side, token, from, 0);
+            put_row<D, 1>(base + plane_bytes(D, 2), side, token, from, 2);
             break;
-        case 4: put_row<D, 4>(base, side, token, codes[side][i], 0); break;
-        default: put_row<D, 8>(base, side, token, codes[side][i], 0); break;
+        case 4: put_row<D, 4>(base, side, token, from, 0); break;
+        default: put_row<D, 8>(base, side, token, from, 0); break;
         }
-        if (threadIdx.x % 32 == 0) {
+        if (lane == 0) {
             reinterpret_cast<uint16_t*>(tile + code_bytes)[scale_index(token) + 2 * side] = scales[side][i];
         }
     }
 }
 
-__device__ __forceinline__ int signed_level(int code, const SideTable& table) {
-    if (table.bits == 8) {
-        return static_cast<int8_t>(code);
-    }
-    const int levels = 1 << (table.bits - 1);
-    int found = table.first_level;
-    for (int s = 0; s < (code & (levels - 1)); ++s) {
-        found += table.step[s];
-    }
-    const int level = found & 255;
-    return (code & levels) != 0 ? -level : level;
-}
-
-// A warp: one row of one side and head.
-template <int D>
-__global__ void __launch_bounds__(256) read_kernel(const __grid_constant__ ReadArgs a) {
-    constexpr int kOwn = D / 32;
-    const int lane = threadIdx.x % 32;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row >= 2 * a.n * a.cache.kv_heads) {
-        return;
-    }
-    const int head = static_cast<int>(row % a.cache.kv_heads);
-    const int64_t i = row / a.cache.kv_heads % a.n;
-    const int side = static_cast<int>(row / a.cache.kv_heads / a.n);
-    const SideTable& table = a.cache.side[side];
-    int64_t slot = a.slots[i];
-    slot = slot < a.cache.n_slots ? slot : -1;
-    int code[kOwn];
-    uint16_t scale = 0;
-    const int key_bytes = side_bytes(D, a.cache.side[0].bits);
-    if (slot >= 0) {
-        const int64_t tiles = a.cache.page_size / kTileTokens;
-        const uint8_t* const tile = a.cache.pages + slot / a.cache.page_size * a.cache.page_bytes +
-                                    (head * tiles + slot % a.cache.page_size / kTileTokens) * a.cache.tile_bytes;
-        const int token = static_cast<int>(slot % kTileTokens);
-        scale = reinterpret_cast<const uint16_t*>(
-            tile + key_bytes + side_bytes(D, a.cache.side[1].bits))[scale_index(token) + 2 * side];
-        const uint8_t* const base = tile + (side == 0 ? 0 : key_bytes);
-        const int low = low_width(table.bits);
-        const auto field = [&](const uint8_t* plane, int width, const CodePlace& place) {
-            const WordPlace w = word_place(width, place.group, place.element);
-            const auto word = *reinterpret_cast<const uint32_t*>(plane + word_offset(D, width, place.lane, w.word));
-            return static_cast<int>(word >> w.bit & ((1U << width) - 1U));
-        };
-        for (int e = 0; e < kOwn; ++e) {
-            const int channel = lane * kOwn + e;
-            const CodePlace place = side == 0 ? key_place(D, token, channel) : value_place(token, channel);
-            code[e] = field(base, low, place);
-            if (table.bits == 3) {
-                code[e] |= field(base + plane_bytes(D, 2), 1, place) << 2;
-            }
-        }
-    } else {
-        for (int e = 0; e < kOwn; ++e) {
-            code[e] = 0;
-        }
-    }
-    if (a.codes != nullptr) {
-        for (int e = 0; e < kOwn; ++e) {
-            a.codes[row * D + lane * kOwn + e] = static_cast<uint8_t>(code[e]);
-        }
-    }
-    if (a.scales != nullptr && lane == 0) {
-        a.scales[row] = scale;
-    }
-    if (a.rows == nullptr) {
-        return;
-    }
-    const float s = __half2float(__ushort_as_half(scale));
-    float y[kOwn];
-    for (int e = 0; e < kOwn; ++e) {
-        y[e] = s * static_cast<float>(signed_level(code[e], table));
-    }
-    if (a.rotated == 0) {
-        hadamard_warp<D>(y, lane);
-        for (int e = 0; e < kOwn; ++e) {
-            const int channel = lane * kOwn + e;
-            y[e] *= (a.cache.signs[channel / 32] >> (channel % 32) & 1U) != 0 ? -1.0F : 1.0F;
-            if (side == 0 && a.cache.lambda != nullptr) {
-                y[e] /= a.cache.lambda[head * D + channel];
-            }
-            if (side == 0 && a.cache.mu != nullptr && slot >= 0) {
-                y[e] += a.cache.mu[head * D + channel];
-            }
-        }
-    }
-    for (int e = 0; e < kOwn; ++e) {
-        store_element(a.rows, row * D + lane * kOwn + e, a.type, y[e]);
-    }
-}
-
 } // namespace
 
-cudaError_t launch_encode(const EncodeArgs& args, int head_size, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>((args.n + kTileTokens - 1) / kTileTokens),
+cudaError_t launch_encode(EncodeArgs args, int head_size, cudaStream_t stream) {
+    // A block of few tokens is short of warps that write rows one after the other: fewer rows a block.
+    args.rows = args.n <= 64 ? 2 : args.n <= 256 ? 4 : kTileTokens;
+    const dim3 grid(static_cast<unsigned>((args.n + args.rows - 1) / args.rows),
                     static_cast<unsigned>(args.cache.kv_heads));
     switch (head_size) {
     case 64: encode_kernel<64><<<grid, kEncodeThreads, 0, stream>>>(args); break;
     case 128: encode_kernel<128><<<grid, kEncodeThreads, 0, stream>>>(args); break;
     default: encode_kernel<256><<<grid, kEncodeThreads, 0, stream>>>(args); break;
-    }
-    return cudaGetLastError();
-}
-
-cudaError_t launch_read(const ReadArgs& args, int head_size, cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>((2 * args.n * args.cache.kv_heads + 7) / 8);
-    switch (head_size) {
-    case 64: read_kernel<64><<<blocks, 256, 0, stream>>>(args); break;
-    case 128: read_kernel<128><<<blocks, 256, 0, stream>>>(args); break;
-    default: read_kernel<256><<<blocks, 256, 0, stream>>>(args); break;
     }
     return cudaGetLastError();
 }

@@ -14,7 +14,7 @@ struct SideTable {
     int32_t first_level;
     int32_t step[7]; // crossing threshold k adds this to index << 8 | level
     float threshold[7];
-    float stretch_slope, stretch_origin, stretch_growth;
+    float stretch_per_peak, stretch_from; // of the codebook and head size: 1 + per_peak * (peak - from)
 };
 
 struct PagesArgs {
@@ -23,7 +23,7 @@ struct PagesArgs {
     const float* lambda;
     int64_t n_slots;
     int64_t page_bytes;
-    int32_t page_size;
+    int32_t page_size, page_shift;
     int32_t kv_heads;
     int32_t tile_bytes;
     uint32_t signs[8]; // of the rotation, bit c % 32 of word c / 32: channel c is negated
@@ -40,6 +40,12 @@ struct EncodeArgs {
     const int64_t* exact_rows;
     uint16_t* exact[2];
     int32_t type;
+    float norm;         // 1 / sqrt(head size)
+    int32_t rows;       // of a block: 16, or fewer; set by launch_encode
+    int32_t vectors[2]; // rows are aligned for moves of four elements
+    // Signs of the rotation as four lanes want them: lane w's pair p of elements, channels 16 (p / 2) + 4 w + 2 (p % 2)
+    // and the next, are negated by bits p % 16 and 16 + p % 16 of word [p / 16][w].
+    uint32_t pair_signs[2][4];
 };
 
 struct ReadArgs {
@@ -53,7 +59,7 @@ struct ReadArgs {
     int32_t rotated;
 };
 
-cudaError_t launch_encode(const EncodeArgs& args, int head_size, cudaStream_t stream);
+cudaError_t launch_encode(EncodeArgs args, int head_size, cudaStream_t stream);
 cudaError_t launch_read(const ReadArgs& args, int head_size, cudaStream_t stream);
 
 } // namespace turboquant::cuda

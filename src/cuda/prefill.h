@@ -55,8 +55,8 @@ struct PrefillArgs {
     int32_t sinks, ring, window, sliding_window;
     int32_t causal;
     int32_t q_vectors, out_vectors; // rows are aligned for moves of 16 bytes
-    uint32_t signs[8];          // of the rotation, bit c % 32 of word c / 32: channel c is negated
-    float scale_log2;           // as in AttendArgs
+    uint32_t signs[8];              // of the rotation, bit c % 32 of word c / 32: channel c is negated
+    float scale_log2;               // as in AttendArgs
     float softcap_log2;
 };
 

@@ -146,7 +146,7 @@ struct Flash {
     const PrefillArgs& a;
     const Extent e;
     const int b, head;
-    int first_row, last_query, first_query; // of this block
+    int first_row, last_query, first_query;                 // of this block
     int code_begin, code_tiles, sink_tiles, window_tile, n; // tiles of N tokens
     uint8_t* queries;
     uint8_t* ring;
@@ -159,7 +159,9 @@ struct Flash {
     }
 
     __device__ __forceinline__ Flash(const PrefillArgs& args, uint8_t* shared, int item, int query_block)
-        : a(args), e(args, (args.first_item + item) / args.kv_heads), b((args.first_item + item) / args.kv_heads),
+        : a(args),
+          e(args, (args.first_item + item) / args.kv_heads),
+          b((args.first_item + item) / args.kv_heads),
           head((args.first_item + item) % args.kv_heads) {
         const uint32_t at = shared_address(shared);
         queries = shared + ((at + kAlignment - 1) / kAlignment * kAlignment - at);
@@ -411,7 +413,8 @@ struct Flash {
                     half_pair(x[4] * down, x[5] * down), half_pair(x[6] * down, x[7] * down)};
             }
             if (u == 0) {
-                units[row] = {__uint_as_float(exponent << 23) * (kImageUnit * kNorm) * a.scale_log2, bias * a.scale_log2};
+                units[row] = {__uint_as_float(exponent << 23) * (kImageUnit * kNorm) * a.scale_log2,
+                              bias * a.scale_log2};
             }
         }
     }
@@ -461,8 +464,8 @@ struct Flash {
             const int row = ~at * N + i / 4 * 8 + i % 2 + 2 * t;
             const int p = e.position(row);
             const int end = rows[i % 4 / 2].end;
-            const bool seen = row < e.n_exact && p < end && p >= e.lowest(a, end) &&
-                              (p < a.sinks || p >= e.exact_from(a, end));
+            const bool seen =
+                row < e.n_exact && p < end && p >= e.lowest(a, end) && (p < a.sinks || p >= e.exact_from(a, end));
             s[i] = seen ? s[i] : -INFINITY;
         }
     }
@@ -526,8 +529,8 @@ struct Flash {
         if (query >= a.q_len) {
             return;
         }
-        const int64_t at = b * a.out_batch + query * a.out_query +
-                           (head * a.group + r - query * a.group) * a.out_head + 8 * u;
+        const int64_t at =
+            b * a.out_batch + query * a.out_query + (head * a.group + r - query * a.group) * a.out_head + 8 * u;
 #pragma unroll
         for (int h = 0; h < D / 64; ++h) {
             const float* const x = y + 8 * h;
@@ -546,10 +549,10 @@ struct Flash {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const __nv_bfloat162 bf = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-                    pairs[i] =
-                        a.type == 1 ? half_pair(x[2 * i], x[2 * i + 1]) : reinterpret_cast<const uint32_t&>(bf);
+                    pairs[i] = a.type == 1 ? half_pair(x[2 * i], x[2 * i + 1]) : reinterpret_cast<const uint32_t&>(bf);
                 }
-                *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+                *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.out) + to) = {pairs[0], pairs[1], pairs[2],
+                                                                                 pairs[3]};
             }
         }
     }
@@ -569,7 +572,7 @@ struct Flash {
 #pragma unroll
             for (int j = 0; j < D / 8; ++j) {
                 *reinterpret_cast<float2*>(staging + g * D + (j ^ g) * 8 + 2 * t) = {o[4 * j + 2 * r] * factor,
-                                                                                    o[4 * j + 2 * r + 1] * factor};
+                                                                                     o[4 * j + 2 * r + 1] * factor};
             }
             __syncwarp();
 #pragma unroll 1
@@ -577,7 +580,8 @@ struct Flash {
                 float y[kOwn];
 #pragma unroll
                 for (int h = 0; h < D / 64; ++h) {
-                    const auto* const from = reinterpret_cast<const float4*>(staging + row * D + ((8 * h + u) ^ row) * 8);
+                    const auto* const from =
+                        reinterpret_cast<const float4*>(staging + row * D + ((8 * h + u) ^ row) * 8);
                     const float4 low = from[0];
                     const float4 high = from[1];
                     float* const x = y + 8 * h;
@@ -708,7 +712,8 @@ __global__ void __launch_bounds__(flash_threads(WARPGROUPS), 1) flash_kernel(con
 
 template <int D, int N, int STAGES, bool WARPGROUPS>
 FlashKernel flash_choice() {
-    return {flash_kernel<D, N, STAGES, WARPGROUPS>, flash_threads(WARPGROUPS), Flash<D, N, STAGES, false>::kSharedBytes};
+    return {flash_kernel<D, N, STAGES, WARPGROUPS>, flash_threads(WARPGROUPS),
+            Flash<D, N, STAGES, false>::kSharedBytes};
 }
 
 } // namespace turboquant::cuda
