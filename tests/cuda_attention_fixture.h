@@ -15,6 +15,7 @@ struct AttentionCase {
     bool not_causal = false;
     bool sink_logits = false;
     bool conditioned = false;
+    int mu_blocks = 0; // conditioned: so many means, of 256 positions each
     int sinks = 0;
     int window = 0;
     int ring = 0; // 0: window + q_len - 1
@@ -32,9 +33,9 @@ inline std::ostream& operator<<(std::ostream& o, const AttentionCase& c) {
     o << "d " << c.shape.head_size << " kv heads " << c.shape.kv_heads << " group " << c.group << " bits "
       << c.shape.key_bits << '/' << c.shape.value_bits << " page " << c.shape.page_size << " q_len " << c.q_len
       << " softcap " << c.softcap << " sliding " << c.sliding_window << " not causal " << c.not_causal
-      << " sink logits " << c.sink_logits << " conditioned " << c.conditioned << " sinks " << c.sinks << " window "
-      << c.window << " ring " << c.ring << " blocks " << c.n_blocks << " prefill " << c.prefill << " small " << c.small
-      << " type " << c.type << " seed " << c.seed << " lengths";
+      << " sink logits " << c.sink_logits << " conditioned " << c.conditioned << " means " << c.mu_blocks << " sinks "
+      << c.sinks << " window " << c.window << " ring " << c.ring << " blocks " << c.n_blocks << " prefill " << c.prefill
+      << " small " << c.small << " type " << c.type << " seed " << c.seed << " lengths";
     for (const int32_t n : c.lengths) {
         o << ' ' << n;
     }
@@ -136,6 +137,7 @@ private:
         }
         for (int b = 0; b < batch(); ++b) {
             for (int32_t t = 0; t < case_.lengths[static_cast<size_t>(b)]; ++t) {
+                positions_.push_back(t);
                 slots_.push_back(int64_t{table[static_cast<size_t>(b * pages_of_ + t / page)]} * page + t % page);
             }
         }
@@ -178,12 +180,17 @@ private:
         }
         if (case_.conditioned) {
             for (int e = 0; e < elements(); ++e) {
-                mu_.push_back(2 * normal(random_));
                 lambda_.push_back(std::exp(0.4F * normal(random_)));
+            }
+            mu_.resize(static_cast<size_t>(elements() * std::max(case_.mu_blocks, 1)));
+            for (float& x : mu_) {
+                x = 2 * normal(random_);
             }
             for (size_t i = 0; i < rows_[0].size(); ++i) { // keys that the conditioning is for
                 const size_t e = i % static_cast<size_t>(elements());
-                rows_[0][i] = rows_[0][i] / lambda_[e] + mu_[e];
+                const int64_t position = positions_[i / static_cast<size_t>(elements())];
+                const int64_t block = case_.mu_blocks > 0 ? std::min<int64_t>(position / 256, case_.mu_blocks - 1) : 0;
+                rows_[0][i] = rows_[0][i] / lambda_[e] + mu_[static_cast<size_t>(block * elements()) + e];
             }
         }
         for (auto& side : rows_) { // as the format keeps them: fp16, a row's first 64 without their lowest bit
@@ -197,6 +204,7 @@ private:
         if (case_.conditioned) {
             cache_.mu = device_mu_->get();
             cache_.lambda = device_lambda_->get();
+            cache_.mu_blocks = case_.mu_blocks;
         }
         if (n == 0) {
             return;
@@ -205,6 +213,7 @@ private:
         const Device<float> values(rows_[1]);
         const Device<int64_t> slots(slots_);
         const Device<int64_t> exact(exact_rows_);
+        const Device<int64_t> positions(positions_);
         tq_cuda_write write{};
         write.struct_size = sizeof write;
         write.keys = keys.get();
@@ -214,10 +223,12 @@ private:
         write.n = n;
         write.slots = slots.get();
         write.exact_rows = exact_rows_.empty() ? nullptr : exact.get();
+        write.positions = case_.mu_blocks > 0 ? positions.get() : nullptr;
         EXPECT_EQ(tq_cuda_encode(&cache_, &write, nullptr), TQ_OK) << tq_cuda_last_error();
         const size_t side = static_cast<size_t>(n * elements());
         const Device<float> decoded(2 * side, 0xff);
-        EXPECT_EQ(tq_cuda_read(&cache_, slots.get(), n, nullptr, nullptr, decoded.get(), TQ_CUDA_F32, 0, nullptr),
+        EXPECT_EQ(tq_cuda_read(&cache_, slots.get(), write.positions, n, nullptr, nullptr, decoded.get(), TQ_CUDA_F32,
+                               0, nullptr),
                   TQ_OK);
         const std::vector<float> all = decoded.host();
         decoded_[0].assign(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(side));
@@ -361,7 +372,7 @@ private:
     tq_cuda_cache cache_{};
     int64_t pages_of_ = 0;
     std::vector<int64_t> slots_;
-    std::vector<int64_t> exact_rows_;
+    std::vector<int64_t> exact_rows_, positions_;
     std::vector<float> rows_[2], decoded_[2], mu_, lambda_, q_, logits_;
     std::unique_ptr<Device<uint8_t>> pages_;
     std::unique_ptr<Device<int32_t>> table_, lengths_, sequence_slots_;

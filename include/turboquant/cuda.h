@@ -43,6 +43,9 @@ typedef struct tq_cuda_cache {
      * R(lambda * (k - mu)), queries ask with R(q / lambda), and scores get q.mu back. */
     const float* mu;
     const float* lambda;
+    /* > 0: mu has so many means, [mu_blocks][kv_heads][head_size]: position p's is that of block p / 256 (of the last for
+     * later positions), as the means of keys that RoPE turns (turboquant::block_mean). 0: one mean for all. */
+    int32_t mu_blocks;
     /* Rows kept exact (fp16, in the rotated basis) besides their codes, device, or null:
      * [sequence slot][sinks + ring][kv_heads][head_size] for keys, and the same for values. Position p of a sequence
      * lies in entry p if p < sinks, else sinks + (p - sinks) % ring. */
@@ -72,16 +75,18 @@ typedef struct tq_cuda_write {
     int64_t n;
     const int64_t* slots;      /* device, [n]; negative: the row is left out */
     const int64_t* exact_rows; /* device, [n], or null: sequence slot * (sinks + ring) + entry; negative: none */
+    const int64_t* positions;  /* device, [n], where the cache has mu_blocks: of each row in its sequence; else not read */
 } tq_cuda_write;
 tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write, void* stream);
 
-/* Reads rows back, for tests, for saving and for prefill. Slot i of n (negative: zeros):
+/* Reads rows back, for tests and for saving. Slot i of n (negative: zeros):
  * codes:  [2: keys, values][n][kv_heads][head_size] bytes, each the stored code (layout.h), and
  * scales: [2][n][kv_heads] fp16; both device, either may be null.
  * rows:   [2][n][kv_heads][head_size] of `type`, decoded; null if not wanted. rotated != 0: in the rotated basis,
- *         conditioning not undone. */
-tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, int64_t n, void* codes, void* scales,
-                       void* rows, int32_t type, int32_t rotated, void* stream);
+ *         conditioning not undone.
+ * positions: device, [n]: as they were written; needed for plain rows of a cache with mu_blocks, else null or not read. */
+tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, const int64_t* positions, int64_t n, void* codes,
+                       void* scales, void* rows, int32_t type, int32_t rotated, void* stream);
 
 /* ---- attention ------------------------------------------------------------------------------------------------- */
 
@@ -131,8 +136,8 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
 tq_status tq_cuda_prefill_workspace_bytes(const tq_cuda_cache* cache, const tq_cuda_attention* attention, size_t* least,
                                           size_t* all);
 
-/* Error against exact attention over the decoded rows: below 1e-3 of the output's norm (operands are rounded to fp16,
- * sums are fp32). A query that sees no token gets zeros; a sequence longer than max_length gets NaN. */
+/* Error against exact attention over the decoded rows: 6e-4 of the output's norm, 1.5e-3 where scores are large (operands
+ * are rounded to fp16, sums are fp32; tested). A query that sees no token gets zeros; a sequence longer than max_length gets NaN. */
 tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* attention, void* stream);
 
 #ifdef __cplusplus

@@ -60,6 +60,32 @@ def test_attend_is_attention_over_the_decoded_rows(head_size, group, q_len):
     assert relative(got, want.transpose(1, 2)) < 1e-3
 
 
+def test_a_mean_for_every_256_positions():
+    """Keys whose mean moves with the position: the mean of their block is taken off, so they come back better."""
+    context, kv_heads = 700, 2
+    mu = 3 * torch.randn(3, kv_heads, 128, device="cuda")
+    positions = torch.arange(context, device="cuda")
+    table = torch.arange(11, device="cuda", dtype=torch.int32)[None]
+    keys = mu[positions // 256] + torch.randn(context, kv_heads, 128, device="cuda")
+    values = torch.randn(context, kv_heads, 128, device="cuda")
+    q = torch.randn(1, 40, 8, 128, device="cuda")
+    mask = torch.arange(context, device="cuda") <= torch.arange(context - 40, context, device="cuda")[:, None]
+    for blocks, low, high in ((mu, 0, .05), (mu.mean(0), .06, .2)):
+        cache = PagedCache(11, kv_heads, 128, mu=blocks)
+        lengths = torch.zeros(1, dtype=torch.int32, device="cuda")
+        cache.append(keys[None], values[None], table, lengths)
+        slots = cache.slots_of(table, positions[None])[0]
+        k, v = cache.read(slots, positions=positions)
+        assert low < relative(k, keys) < high
+        want = F.scaled_dot_product_attention(q.transpose(1, 2).double(), k.transpose(0, 1)[None].double(),
+                                              v.transpose(0, 1)[None].double(), attn_mask=mask, enable_gqa=True)
+        for part in (slice(0, 40), slice(30, 40)):
+            call = cache.prefill if part.start == 0 else cache.attend
+            assert relative(call(q[:, part].contiguous(), table, lengths), want.transpose(1, 2)[:, part]) < 2e-3
+    with pytest.raises(ValueError, match="positions: a cache with a mean"):
+        PagedCache(11, kv_heads, 128, mu=mu).write(keys, values, slots)
+
+
 def test_exact_rows_are_attended_to():
     context = 200
     cache, table, lengths, rows = filled(2, context, sinks=4, window=32, sequences=2)

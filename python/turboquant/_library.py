@@ -22,6 +22,7 @@ class Cache(ctypes.Structure):
         ("value_bits", ctypes.c_int32),
         ("mu", ctypes.c_void_p),
         ("lambda_", ctypes.c_void_p),
+        ("mu_blocks", ctypes.c_int32),
         ("exact_keys", ctypes.c_void_p),
         ("exact_values", ctypes.c_void_p),
         ("sinks", ctypes.c_int32),
@@ -45,6 +46,7 @@ class Write(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("slots", ctypes.c_void_p),
         ("exact_rows", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
     ]
 
 
@@ -105,8 +107,8 @@ def load():
         library.tq_cuda_page_bytes.argtypes = [ctypes.POINTER(Cache)]
         library.tq_cuda_encode.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Write), ctypes.c_void_p]
         library.tq_cuda_read.argtypes = [
-            ctypes.POINTER(Cache), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
-            ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+            ctypes.POINTER(Cache), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
         library.tq_cuda_workspace_bytes.argtypes = [
             ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t)]
         library.tq_cuda_attend.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.c_void_p]

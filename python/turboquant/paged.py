@@ -60,11 +60,13 @@ class PagedCache:
               f"key_bits {key_bits} and value_bits {value_bits} (2, 3, 4, 8)")
         self.pages = torch.zeros(n_pages, self.page_bytes, dtype=torch.uint8, device=device)
         c.pages = self.pages.data_ptr()
+        self.mu_blocks = c.mu_blocks = mu.shape[0] if mu is not None and mu.dim() == 3 else 0
         for name, x in (("mu", mu), ("lambda_", lambda_)):
             if x is not None:
                 x = x.to(device=device, dtype=torch.float32).contiguous()
-                _need(tuple(x.shape) == (kv_heads, head_size),
-                      f"{name}: shape {tuple(x.shape)}, expected {(kv_heads, head_size)}")
+                _need(tuple(x.shape[1:] if name == "mu" and x.dim() == 3 else x.shape) == (kv_heads, head_size),
+                      f"{name}: shape {tuple(x.shape)}, expected {(kv_heads, head_size)}"
+                      f"{' or [blocks, ...] of that' if name == 'mu' else ''}")
                 setattr(c, name, x.data_ptr())
             setattr(self, name, x)
         self.exact = None
@@ -93,8 +95,17 @@ class PagedCache:
         kept = (position < self.sinks) | (position >= length - self.ring)
         return torch.where(kept, sequence * (self.sinks + self.ring) + entry, -1)
 
-    def write(self, keys, values, slots, exact_rows=None):
-        """Quantises rows [tokens, kv_heads, head_size] into slots (int64 [tokens], no slot twice; -1: left out)."""
+    def _positions(self, positions, n):
+        """Their address, where there is a mean for every 256 positions."""
+        if self.mu_blocks == 0:
+            return None
+        _need(positions is not None, "positions: a cache with a mean for every 256 positions needs them")
+        _index("positions", positions, torch.int64, (n,))
+        return positions.data_ptr()
+
+    def write(self, keys, values, slots, exact_rows=None, positions=None):
+        """Quantises rows [tokens, kv_heads, head_size] into slots (int64 [tokens], no slot twice; -1: left out).
+        positions: int64 [tokens], of each in its sequence, where mu has blocks."""
         _rows("keys", keys, self.kv_heads, self.head_size)
         _rows("values", values, self.kv_heads, self.head_size)
         _need(values.shape == keys.shape and values.dtype == keys.dtype,
@@ -111,6 +122,7 @@ class PagedCache:
         w.value_stride, w.value_head_stride = values.stride(0), values.stride(1)
         w.n, w.slots = n, slots.data_ptr()
         w.exact_rows = None if exact_rows is None else exact_rows.data_ptr()
+        w.positions = self._positions(positions, n)
         with torch.cuda.device(self.device):
             _library.check(_library.load().tq_cuda_encode(self._struct, w, _stream()))
 
@@ -135,18 +147,20 @@ class PagedCache:
         if self.exact is not None:
             sequence = torch.arange(batch, device=self.device)[:, None].expand(batch, n)
             exact = self.exact_rows(sequence, positions, lengths.long()[:, None] + n).flatten().contiguous()
-        self.write(keys.flatten(0, 1), values.flatten(0, 1), slots.contiguous(), exact)
+        self.write(keys.flatten(0, 1), values.flatten(0, 1), slots.contiguous(), exact, positions.flatten())
         lengths += n
 
-    def read(self, slots, dtype=torch.float32, rotated=False):
-        """Decoded keys and values of slots (int64 [n]): two tensors [n, kv_heads, head_size]."""
+    def read(self, slots, dtype=torch.float32, rotated=False, positions=None):
+        """Decoded keys and values of slots (int64 [n]): two tensors [n, kv_heads, head_size]. positions: as written,
+        where mu has blocks (and rotated is false)."""
         n = slots.numel()
         _index("slots", slots, torch.int64, (n,))
         _need(dtype in _TYPES, f"dtype: {dtype}, expected float32, float16 or bfloat16")
         out = torch.empty(2, n, self.kv_heads, self.head_size, dtype=dtype, device=self.device)
         with torch.cuda.device(self.device):
-            _library.check(_library.load().tq_cuda_read(self._struct, slots.data_ptr(), n, None, None, out.data_ptr(),
-                                                        _TYPES[dtype], int(rotated), _stream()))
+            _library.check(_library.load().tq_cuda_read(
+                self._struct, slots.data_ptr(), None if rotated else self._positions(positions, n), n, None, None,
+                out.data_ptr(), _TYPES[dtype], int(rotated), _stream()))
         return out[0], out[1]
 
     def codes(self, slots):
@@ -156,7 +170,7 @@ class PagedCache:
         codes = torch.empty(2, n, self.kv_heads, self.head_size, dtype=torch.uint8, device=self.device)
         scales = torch.empty(2, n, self.kv_heads, dtype=torch.float16, device=self.device)
         with torch.cuda.device(self.device):
-            _library.check(_library.load().tq_cuda_read(self._struct, slots.data_ptr(), n, codes.data_ptr(),
+            _library.check(_library.load().tq_cuda_read(self._struct, slots.data_ptr(), None, n, codes.data_ptr(),
                                                         scales.data_ptr(), None, 0, 0, _stream()))
         return codes, scales
 

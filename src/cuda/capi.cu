@@ -4,6 +4,7 @@
 #include "codec/codec_tables.h"
 #include "cuda/decode.h"
 #include "cuda/encode.h"
+#include "cuda/offsets.h"
 
 #include <algorithm>
 #include <cmath>
@@ -74,6 +75,9 @@ std::string cache_problem(const tq_cuda_cache* cache) {
     if (reinterpret_cast<uintptr_t>(c.pages) % 16 != 0) {
         return "pages are not 16-byte aligned";
     }
+    if (c.mu_blocks < 0 || c.mu_blocks > 65536) {
+        return "mu_blocks " + std::to_string(c.mu_blocks) + " is not in 0..65536";
+    }
     if (c.sinks < 0 || c.ring < 0 || c.window < 0) {
         return "sinks, ring and window must not be negative";
     }
@@ -89,6 +93,25 @@ std::string cache_problem(const tq_cuda_cache* cache) {
 
 int cache_tile_bytes(const tq_cuda_cache& c) {
     return tile_bytes(c.head_size, c.key_bits, c.value_bits);
+}
+
+OffsetArgs offset_args(const tq_cuda_cache& c, const tq_cuda_attention& a, void* offsets, float scale_log2) {
+    OffsetArgs args{};
+    args.q = a.q;
+    args.mu = c.mu;
+    args.lengths = a.lengths;
+    args.offsets = static_cast<float*>(offsets);
+    args.q_batch = a.q_batch;
+    args.q_query = a.q_query;
+    args.q_head = a.q_head;
+    args.type = a.type;
+    args.items = a.batch * c.kv_heads;
+    args.q_len = a.q_len;
+    args.kv_heads = c.kv_heads;
+    args.group = a.heads / c.kv_heads;
+    args.mu_blocks = c.mu_blocks;
+    args.scale_log2 = scale_log2;
+    return args;
 }
 
 int page_shift(const tq_cuda_cache& c) {
@@ -169,6 +192,7 @@ PagesArgs pages_args(const tq_cuda_cache& c) {
     p.pages = static_cast<uint8_t*>(c.pages);
     p.mu = c.mu;
     p.lambda = c.lambda;
+    p.mu_blocks = c.mu != nullptr ? c.mu_blocks : 0;
     p.n_slots = c.n_pages * c.page_size;
     p.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
     p.page_size = c.page_size;
@@ -189,6 +213,7 @@ struct Plan {
     int blocks = 0;
     int64_t items = 0;
     size_t partial_bytes = 0;
+    size_t offsets_at = 0; // in the workspace, where there are mu_blocks
     size_t workspace = 0;
 };
 
@@ -220,6 +245,12 @@ std::string plan_attention(const tq_cuda_cache& c, const tq_cuda_attention& a, P
                          static_cast<size_t>(c.head_size + 4) * sizeof(float);
     plan.partial_bytes = (plan.partial_bytes + 255) / 256 * 256;
     plan.workspace = plan.partial_bytes + static_cast<size_t>(plan.items) * sizeof(int32_t);
+    plan.offsets_at = (plan.workspace + 255) / 256 * 256;
+    if (c.mu_blocks > 0) {
+        plan.workspace = plan.offsets_at + static_cast<size_t>(a.batch) * static_cast<size_t>(a.heads) *
+                                               static_cast<size_t>(a.q_len) * static_cast<size_t>(c.mu_blocks) *
+                                               sizeof(float);
+    }
     return {};
 }
 
@@ -262,6 +293,9 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
     if (write->n == 0) {
         return TQ_OK;
     }
+    if (cache->mu != nullptr && cache->mu_blocks > 0 && write->positions == nullptr) {
+        return invalid(kCall, "a cache with mu_blocks needs positions");
+    }
     EncodeArgs args{};
     args.cache = pages_args(*cache);
     args.x[0] = write->keys;
@@ -273,6 +307,7 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
     args.n = write->n;
     args.slots = write->slots;
     args.exact_rows = write->exact_rows;
+    args.positions = write->positions;
     args.exact[0] = static_cast<uint16_t*>(cache->exact_keys);
     args.exact[1] = static_cast<uint16_t*>(cache->exact_values);
     args.type = write->type;
@@ -296,8 +331,8 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
     return cuda_status(kCall, launch_encode(args, cache->head_size, static_cast<cudaStream_t>(stream)));
 }
 
-tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, int64_t n, void* codes, void* scales,
-                       void* rows, int32_t type, int32_t rotated, void* stream) {
+tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, const int64_t* positions, int64_t n,
+                       void* codes, void* scales, void* rows, int32_t type, int32_t rotated, void* stream) {
     static const char* const kCall = "tq_cuda_read";
     if (const std::string problem = cache_problem(cache); !problem.empty()) {
         return invalid(kCall, problem);
@@ -311,9 +346,13 @@ tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, int64_t
     if (n == 0) {
         return TQ_OK;
     }
+    if (rows != nullptr && rotated == 0 && cache->mu != nullptr && cache->mu_blocks > 0 && positions == nullptr) {
+        return invalid(kCall, "plain rows of a cache with mu_blocks need positions");
+    }
     ReadArgs args{};
     args.cache = pages_args(*cache);
     args.slots = slots;
+    args.positions = positions;
     args.n = n;
     args.codes = static_cast<uint8_t*>(codes);
     args.scales = static_cast<uint16_t*>(scales);
@@ -406,6 +445,17 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
     args.causal = a.not_causal == 0 ? 1 : 0;
     rotation_signs(c.head_size, args.signs);
     score_units(c, a, args.scale_log2, args.softcap_log2);
+    if (c.mu != nullptr && c.mu_blocks > 0) {
+        args.mu = nullptr; // its part of the scores depends on the token
+        args.mu_blocks = c.mu_blocks;
+        const OffsetArgs offsets =
+            offset_args(c, a, static_cast<uint8_t*>(a.workspace) + plan.offsets_at, args.scale_log2);
+        args.offsets = offsets.offsets;
+        const cudaError_t error = launch_offsets(offsets, c.head_size, static_cast<cudaStream_t>(stream));
+        if (error != cudaSuccess) {
+            return cuda_status(kCall, error);
+        }
+    }
     return cuda_status(kCall,
                        launch_attend(args, c.head_size, plan.shape, plan.blocks, static_cast<cudaStream_t>(stream)));
 }

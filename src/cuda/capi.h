@@ -23,6 +23,10 @@ std::string cache_problem(const tq_cuda_cache* cache);
 std::string heads_problem(const tq_cuda_cache& c, const tq_cuda_attention& a);
 std::string attention_problem(const tq_cuda_cache& c, const tq_cuda_attention& a);
 
+// The arguments of launch_offsets for all items of an attention; `offsets` is where they go.
+struct OffsetArgs;
+OffsetArgs offset_args(const tq_cuda_cache& c, const tq_cuda_attention& a, void* offsets, float scale_log2);
+
 int cache_tile_bytes(const tq_cuda_cache& c);
 int page_shift(const tq_cuda_cache& c); // page_size = 1 << it
 bool type_ok(int32_t type);

@@ -1,5 +1,6 @@
 // The C interface of prefill.
 #include "cuda/capi.h"
+#include "cuda/offsets.h"
 #include "cuda/prefill.h"
 
 #include <algorithm>
@@ -15,6 +16,7 @@ struct PrefillPlan {
     int64_t query_blocks = 0;
     int64_t code_images = 0;
     int64_t exact_images = 0;
+    size_t image_part = 0; // of item_bytes
     size_t item_bytes = 0; // of workspace
 };
 
@@ -41,7 +43,9 @@ std::string plan_prefill(const tq_cuda_cache& c, const tq_cuda_attention& a, Pre
     plan.code_images = whole_tiles(a.max_length);
     const int64_t latest = c.window > 0 ? std::min<int64_t>(c.ring, int64_t{c.window} + a.q_len - 1) : 0;
     plan.exact_images = whole_tiles(c.sinks + latest);
-    plan.item_bytes = static_cast<size_t>(plan.code_images + plan.exact_images) * image_bytes(c.head_size);
+    plan.image_part = static_cast<size_t>(plan.code_images + plan.exact_images) * image_bytes(c.head_size);
+    const size_t offsets = static_cast<size_t>(rows) * static_cast<size_t>(std::max(c.mu_blocks, 0)) * sizeof(float);
+    plan.item_bytes = plan.image_part + (offsets + 255) / 256 * 256;
     return {};
 }
 
@@ -149,10 +153,26 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     // As many items at a time as the workspace holds images of.
     const auto fits = static_cast<int64_t>(a.workspace_size / plan.item_bytes);
     const int64_t step = std::min({fits, kMostItems, (int64_t{1} << 30) / plan.query_blocks, plan.items});
+    OffsetArgs offsets{};
+    if (c.mu != nullptr && c.mu_blocks > 0) {
+        args.mu = nullptr; // its part of the scores depends on the token
+        args.mu_blocks = c.mu_blocks;
+        offsets = offset_args(c, a, args.images + static_cast<size_t>(step) * plan.image_part, args.scale_log2);
+        args.offsets = offsets.offsets;
+    }
     for (int64_t first = 0; first < plan.items; first += step) {
         args.first_item = static_cast<int32_t>(first);
         args.items = static_cast<int32_t>(std::min(step, plan.items - first));
-        const cudaError_t error = launch_prefill(args, c.head_size, static_cast<cudaStream_t>(stream));
+        cudaError_t error = cudaSuccess;
+        if (args.offsets != nullptr) {
+            offsets.first_item = args.first_item;
+            offsets.items = args.items;
+            error = launch_offsets(offsets, c.head_size, static_cast<cudaStream_t>(stream));
+            if (error != cudaSuccess) {
+                return cuda_status(kCall, error);
+            }
+        }
+        error = launch_prefill(args, c.head_size, static_cast<cudaStream_t>(stream));
         if (error != cudaSuccess) {
             return cuda_status(kCall, error);
         }

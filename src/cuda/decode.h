@@ -24,8 +24,9 @@ struct AttendArgs {
     const int32_t* lengths;
     const int32_t* sequence_slots;
     const float* sink_logits;
-    float* partial;    // [2 * blocks][rows of an item][head_size + 4]
-    int32_t* counters; // [items], zero between calls
+    const float* offsets; // of scores, [sequence and KV head][query row][mean]; null: one mean for all positions
+    float* partial;       // [2 * blocks][rows of an item][head_size + 4]
+    int32_t* counters;    // [items], zero between calls
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
     int64_t page_table_stride;
@@ -38,6 +39,7 @@ struct AttendArgs {
     int32_t tile_bytes;
     int32_t stages;
     int32_t sinks, ring, window, sliding_window;
+    int32_t mu_blocks;
     int32_t causal;
     uint32_t signs[8];  // of the rotation, bit c % 32 of word c / 32: channel c is negated
     float scale_log2;   // of scores, into units of log2; with soft-cap: scale / softcap

@@ -46,7 +46,7 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::exact_chu
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const float* const p = params + r * 8;
-        float score = fmaf(dot[r], a.scale_log2, p[2]);
+        float score = fmaf(dot[r], a.scale_log2, a.offsets != nullptr ? offset_at(c, r, position) : p[2]);
         if (a.softcap_log2 > 0) {
             score = cap(score);
         }

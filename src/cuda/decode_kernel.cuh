@@ -462,7 +462,20 @@ struct Attend {
         return fmaxf(x, __shfl_xor_sync(kAll, x, 16));
     }
 
+    // q . mu of an item's row at a position, in units of log2, where there is a mean for every 256 positions.
+    __device__ __forceinline__ float offset_at(const Cursor& c, int row, int position) const {
+        const int r = min(item_row(c, row), a.group * a.q_len - 1);
+        return a.offsets[(static_cast<int64_t>(c.b * a.kv_heads + kv_head(c)) * (a.group * a.q_len) + r) * a.mu_blocks +
+                         mean_block(position, a.mu_blocks)];
+    }
+
     __device__ __forceinline__ void code_chunk(const Cursor& c, const uint8_t* chunk) {
+        if (a.offsets != nullptr) { // a chunk lies within one block of positions
+#pragma unroll
+            for (int nt = 0; nt < kNT; ++nt) {
+                constant[nt] = offset_at(c, nt * 4 + t, (c.first + c.index) * kChunkTokens);
+            }
+        }
         float score[kNT][kTiles][2];
         if constexpr (KB != 0) {
             scores<KB == 0 ? 4 : KB>(chunk, score);

@@ -134,6 +134,13 @@ __device__ __forceinline__ void copy_pieces(uint64_t* barrier, void* target, con
 #endif
 }
 
+// Which of `blocks` means a position has.
+inline constexpr int kMeanShift = 8; // of 256 positions
+__device__ __forceinline__ int mean_block(int64_t position, int blocks) {
+    const int64_t block = (position < 0 ? 0 : position) >> kMeanShift;
+    return static_cast<int>(block < blocks ? block : blocks - 1);
+}
+
 // ---- element types -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float load_element(const void* p, int64_t index, int type) {

@@ -128,7 +128,10 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
         signs[i] = (w & 2) != 0 ? ((w & 1) != 0 ? of[3] : of[2]) : ((w & 1) != 0 ? of[1] : of[0]);
     }
     const uint32_t tags = head == 0 ? 0xfffefffeU : 0xffffffffU;
-    const float* const mu = side == 0 ? a.cache.mu : nullptr;
+    const float* mu = side == 0 ? a.cache.mu : nullptr;
+    if (mu != nullptr && a.cache.mu_blocks > 0 && there) {
+        mu += static_cast<int64_t>(mean_block(a.positions[token], a.cache.mu_blocks)) * a.cache.kv_heads * D;
+    }
     const float* const lambda = side == 0 ? a.cache.lambda : nullptr;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {

@@ -21,6 +21,7 @@ struct PagesArgs {
     uint8_t* pages;
     const float* mu;
     const float* lambda;
+    int32_t mu_blocks; // means of mu, for 256 positions each; 0: one
     int64_t n_slots;
     int64_t page_bytes;
     int32_t page_size, page_shift;
@@ -38,6 +39,7 @@ struct EncodeArgs {
     int64_t n;
     const int64_t* slots;
     const int64_t* exact_rows;
+    const int64_t* positions; // of rows, where there are mu_blocks
     uint16_t* exact[2];
     int32_t type;
     float norm;         // 1 / sqrt(head size)
@@ -51,6 +53,7 @@ struct EncodeArgs {
 struct ReadArgs {
     PagesArgs cache;
     const int64_t* slots;
+    const int64_t* positions;
     int64_t n;
     uint8_t* codes;
     uint16_t* scales;

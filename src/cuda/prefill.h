@@ -37,7 +37,8 @@ struct PrefillArgs {
     const int32_t* lengths;
     const int32_t* sequence_slots;
     const float* sink_logits;
-    uint8_t* images; // [items of a launch][code_images + exact_images]
+    uint8_t* images;      // [items of a launch][code_images + exact_images]
+    const float* offsets; // of scores, [items of a launch][row][mean]; null: one mean for all positions
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
     int64_t page_table_stride;
@@ -53,6 +54,7 @@ struct PrefillArgs {
     int32_t key_bits, value_bits;
     int32_t tile_bytes;
     int32_t sinks, ring, window, sliding_window;
+    int32_t mu_blocks;
     int32_t causal;
     int32_t q_vectors, out_vectors; // rows are aligned for moves of 16 bytes
     uint32_t signs[8];              // of the rotation, bit c % 32 of word c / 32: channel c is negated

@@ -145,7 +145,7 @@ struct Flash {
 
     const PrefillArgs& a;
     const Extent e;
-    const int b, head;
+    const int item, b, head;
     int first_row, last_query, first_query;                 // of this block
     int code_begin, code_tiles, sink_tiles, window_tile, n; // tiles of N tokens
     uint8_t* queries;
@@ -158,11 +158,13 @@ struct Flash {
         return a.causal != 0 ? e.length - a.q_len + 1 + query : e.length;
     }
 
-    __device__ __forceinline__ Flash(const PrefillArgs& args, uint8_t* shared, int item, int query_block)
+    // item_: of the launch.
+    __device__ __forceinline__ Flash(const PrefillArgs& args, uint8_t* shared, int item_, int query_block)
         : a(args),
-          e(args, (args.first_item + item) / args.kv_heads),
-          b((args.first_item + item) / args.kv_heads),
-          head((args.first_item + item) % args.kv_heads) {
+          e(args, (args.first_item + item_) / args.kv_heads),
+          item(item_),
+          b((args.first_item + item_) / args.kv_heads),
+          head((args.first_item + item_) % args.kv_heads) {
         const uint32_t at = shared_address(shared);
         queries = shared + ((at + kAlignment - 1) / kAlignment * kAlignment - at);
         ring = queries + kQueryBytes;
@@ -199,7 +201,7 @@ struct Flash {
     }
 
     // The ninth warp.
-    __device__ __forceinline__ void copy_tiles(int item, int lane) const {
+    __device__ __forceinline__ void copy_tiles(int lane) const {
         constexpr int kImages = N / kImageTokens;
         constexpr int kHalves = D / 64;
         const int64_t image = 2 * D * 128;
@@ -235,6 +237,7 @@ struct Flash {
         int end;       // tokens that the query sees
         int code_from; // of them, those seen as codes
         int code_end;
+        const float* offsets; // of this row's scores, one for 256 positions; null: `bias` for all
     };
 
     // ---- rotations: eight lanes take a row, lane u of them channels 64 h + 8 u + (0..7), a warp four rows at a time, in
@@ -428,6 +431,11 @@ struct Flash {
         state.end = end_of(min(query_of(first_row + row), a.q_len - 1));
         state.code_from = max(e.lowest(a, state.end), a.sinks);
         state.code_end = e.code_end(a, state.end);
+        const int rows = a.group * a.q_len;
+        state.offsets =
+            a.offsets == nullptr
+                ? nullptr
+                : a.offsets + (static_cast<int64_t>(item) * rows + min(first_row + row, rows - 1)) * a.mu_blocks;
         return state;
     }
 
@@ -470,14 +478,29 @@ struct Flash {
         }
     }
 
-    // Scores to probabilities; gives what the sums so far are to be multiplied with.
+    // Scores to probabilities; gives what the sums so far are to be multiplied with. offset: of the tile's scores, per row;
+    // tiles of exact rows have one a column.
     __device__ __forceinline__ void softmax(float (&s)[N / 2], RowState (&rows)[2], uint32_t (&p)[N / 16][4],
-                                            float (&keep)[2]) const {
+                                            float (&keep)[2], int at, const float (&offset)[2], int t) const {
         const bool capped = a.softcap_log2 > 0;
+        const bool mixed = a.offsets != nullptr && at < 0;
+        if (mixed) {
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) {
+                const int row = ~at * N + i / 4 * 8 + i % 2 + 2 * t;
+                const RowState& state = rows[i % 4 / 2];
+                if (s[i] != -INFINITY) {
+                    s[i] = fmaf(s[i], state.scale, state.offsets[mean_block(e.position(row), a.mu_blocks)]);
+                }
+            }
+        }
         if (capped) {
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) {
-                s[i] = s[i] == -INFINITY ? s[i] : cap(fmaf(s[i], rows[i % 4 / 2].scale, rows[i % 4 / 2].bias));
+                const int r = i % 4 / 2;
+                if (s[i] != -INFINITY) {
+                    s[i] = cap(mixed ? s[i] : fmaf(s[i], rows[r].scale, rows[r].bias + offset[r]));
+                }
             }
         }
         float scale[2];
@@ -489,12 +512,14 @@ struct Flash {
             for (int j = 0; j < N / 8; ++j) {
                 top = fmaxf(top, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
             }
-            scale[r] = capped ? 1.0F : rows[r].scale;
-            const float now = fmaxf(rows[r].largest, quad_max(top) * scale[r]);
+            scale[r] = capped || mixed ? 1.0F : rows[r].scale;
+            const float add = capped || mixed ? 0.0F : offset[r];
+            const float now = fmaxf(rows[r].largest, fmaf(quad_max(top), scale[r], add));
             base[r] = now == -INFINITY ? 0 : now;
             keep[r] = exp2_fast(rows[r].largest - base[r]);
             rows[r].largest = now;
             rows[r].sum *= keep[r];
+            base[r] -= add;
         }
 #pragma unroll
         for (int j = 0; j < N / 16; ++j) {
@@ -623,6 +648,12 @@ struct Flash {
         int before = 0;
         uint32_t parity = 0;
         for (int j = 0; j < n; ++j) {
+            const int at = tile(j);
+            float offset[2] = {0, 0};
+            if (a.offsets != nullptr && at >= 0) {
+                offset[0] = rows[0].offsets[mean_block(at * N, a.mu_blocks)];
+                offset[1] = rows[1].offsets[mean_block(at * N, a.mu_blocks)];
+            }
             barrier_wait(full + stage, parity);
             const uint32_t k = shared_address(ring) + stage * kStageBytes;
             P::template scores<D, N>(s, q, k, warp, lane);
@@ -630,10 +661,10 @@ struct Flash {
             if (WARPGROUPS && j > 0 && lane == 0) {
                 barrier_arrive(empty + before);
             }
-            mask(s, rows, tile(j), t);
+            mask(s, rows, at, t);
             uint32_t p[N / 16][4];
             float keep[2];
-            softmax(s, rows, p, keep);
+            softmax(s, rows, p, keep, at, offset, t);
             if (__any_sync(0xffffffffU, keep[0] != 1.0F || keep[1] != 1.0F)) {
 #pragma unroll
                 for (int i = 0; i < D / 2; ++i) {
@@ -699,7 +730,7 @@ __global__ void __launch_bounds__(flash_threads(WARPGROUPS), 1) flash_kernel(con
                 give_registers();
             }
             if (warp == kFlashWarps) {
-                flash.copy_tiles(item, lane);
+                flash.copy_tiles(lane);
             }
         } else {
             if constexpr (WARPGROUPS) {

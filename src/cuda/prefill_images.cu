@@ -27,7 +27,8 @@ __device__ __forceinline__ __half2 level_pair(uint32_t shifted, uint32_t select)
 }
 
 __device__ __forceinline__ uint32_t scaled(__half2 level, __half2 scale) {
-    // A saturated scale times the largest level may pass fp16's end.
+    // A saturated scale times the largest level may pass fp16's end. And where the bytes behind a sequence's end make
+    // NaN, minimum and maximum give the other operand: probability 0 times this is 0.
     const __half2 most = __float2half2_rn(65504.0F);
     const __half2 x = __hmax2(__hmin2(__hmul2(level, scale), most), __hneg2(most));
     return reinterpret_cast<const uint32_t&>(x);
@@ -103,21 +104,18 @@ __device__ __forceinline__ void code_image(const PrefillArgs& a, const Extent& e
     const int token0 = first + warp * kTileTokens;
     const bool there = token0 < e.length;
     const int page = there ? a.page_table[b * a.page_table_stride + (token0 >> a.page_shift)] : 0;
-    // A tile behind the sequence's end: any bytes will do, the scales are zero.
+    // A tile behind the sequence's end: any bytes will do.
     const uint8_t* const tile =
         a.pages + page * a.page_bytes +
         (head * (a.page_size / kTileTokens) + (there ? (token0 & (a.page_size - 1)) / kTileTokens : 0)) *
             static_cast<int64_t>(a.tile_bytes);
     const int key_bytes = side_bytes(D, a.key_bits);
     const auto* const scales = reinterpret_cast<const uint2*>(tile + key_bytes + side_bytes(D, a.value_bits));
-    const auto keep = [&](uint32_t pair, int low, int high) { // scales of tokens behind the end are anything
-        return (token0 + low < e.length ? pair & 0xffffU : 0) | (token0 + high < e.length ? pair & 0xffff0000U : 0);
-    };
-    const uint32_t key_scales = keep(scales[g].x, g, g + 8);
+    const uint32_t key_scales = scales[g].x;
     const uint32_t s0 = scales[2 * t].y; // values: token 2t low, 2t + 8 high
     const uint32_t s1 = scales[2 * t + 1].y;
-    const uint32_t early = keep(prmt(s0, s1, 0x5410U), 2 * t, 2 * t + 1);
-    const uint32_t late = keep(prmt(s0, s1, 0x7632U), 2 * t + 8, 2 * t + 9);
+    const uint32_t early = prmt(s0, s1, 0x5410U);
+    const uint32_t late = prmt(s0, s1, 0x7632U);
     const int row0 = warp * kTileTokens;
     switch (a.key_bits) {
     case 2: key_codes<D, 2>(tile, lane, key_scales, row0, keys); break;

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(256) read_kernel(const __grid_constant__ ReadA
                 y[e] /= a.cache.lambda[head * D + channel];
             }
             if (side == 0 && a.cache.mu != nullptr && slot >= 0) {
-                y[e] += a.cache.mu[head * D + channel];
+                const int block = a.cache.mu_blocks > 0 ? mean_block(a.positions[i], a.cache.mu_blocks) : 0;
+                y[e] += a.cache.mu[(static_cast<int64_t>(block) * a.cache.kv_heads + head) * D + channel];
             }
         }
     }
