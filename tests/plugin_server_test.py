@@ -5,19 +5,15 @@ TQ_TEST_LLAMA_SERVER, TQ_TEST_SMOLLM2 and TQ_TEST_PLUGIN say where things are. E
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
-import urllib.error
-import urllib.request
 from typing import Any, Optional
+
+from server_process import ServerProcess, free_port
 
 SERVER = os.environ.get("TQ_TEST_LLAMA_SERVER", "")
 SMOLLM2 = os.environ.get("TQ_TEST_SMOLLM2", "")
@@ -29,62 +25,32 @@ if not SERVER or not SMOLLM2 or not PLUGIN:
     sys.exit(77)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Server:
+class Server(ServerProcess):
     """A llama-server of this test's own; always ended."""
 
     def __init__(self, model: str, *arguments: str, **variables: str):
-        self.folder = tempfile.TemporaryDirectory(prefix="tq_server_")
-        self.port = free_port()
-        self.log_path = os.path.join(self.folder.name, "log")
+        folder, port = tempfile.mkdtemp(prefix="tq_server_"), free_port()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TURBOQUANT_")}
         environment.update(GGML_BACKEND_PATH=PLUGIN, **variables)
-        command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", str(self.port), "-t", "2", "-c", "4096", "-np", "4", "-lv", "4",
-                   "--slot-save-path", self.folder.name, *arguments]
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        command = [SERVER, "-m", model, "--host", "127.0.0.1", "--port", port, "-t", "2", "-c", "4096", "-np", "4", "-lv", "4",
+                   "--slot-save-path", folder, *arguments]
+        super().__init__(command, port, environment, folder=folder)
 
-    def log(self) -> str:
-        with open(self.log_path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def wait_ready(self, seconds: float = 90) -> bool:
+    def starts(self) -> bool:
         """False if it ended before it was ready."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                return False
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        return True
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise TimeoutError(f"llama-server was not ready after {seconds} s:\n{self.log()[-2000:]}")
+        try:
+            self.wait_ready()
+        except RuntimeError:
+            return False
+        return True
 
-    def post(self, path: str, body: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(),
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=90) as answer:
-            return json.load(answer)  # type: ignore[no-any-return]
+    def answer(self, path: str, body: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+        status, answer = self.post(path, body or {})
+        assert status == 200, (path, status, answer)
+        return answer  # type: ignore[no-any-return]
 
     def complete(self, prompt: str, n: int = 12, **more: Any) -> dict[str, Any]:
-        return self.post("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "cache_prompt": False, **more})
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-        self.folder.cleanup()
+        return self.answer("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "cache_prompt": False, **more})
 
 
 def cache_mib(log: str) -> float:
@@ -112,7 +78,7 @@ class StockServer(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         cls.server = Server(SMOLLM2, "--device", "TQ0", "-fa", "on", TURBOQUANT_KV="5/4")
-        if not cls.server.wait_ready():
+        if not cls.server.starts():
             log = cls.server.log()
             cls.server.close()
             raise RuntimeError("llama-server ended:\n" + log[-3000:])
@@ -136,7 +102,7 @@ class StockServer(unittest.TestCase):
         self.assertEqual(self.server.log().count("keys are conditioned from the first 128 rows of this cache (30 layers)"), 1)
 
     def test_chat(self) -> None:
-        answer = self.server.post("/v1/chat/completions", {
+        answer = self.server.answer("/v1/chat/completions", {
             "messages": [{"role": "user", "content": QUESTIONS[2]}], "max_tokens": 24, "temperature": 0})
         self.assertIn("Earth", answer["choices"][0]["message"]["content"])
 
@@ -160,17 +126,17 @@ class StockServer(unittest.TestCase):
         start = chat("Tell me a story about a lighthouse.")
         first = self.server.complete(start, 40, id_slot=1, cache_prompt=True)
         text = start + first["content"]
-        saved = self.server.post("/slots/1?action=save", {"filename": "slot.bin"})
+        saved = self.server.answer("/slots/1?action=save", {"filename": "slot.bin"})
         self.assertGreater(saved["n_saved"], 40)
         expected = self.server.complete(text, 16, id_slot=1, cache_prompt=True)
-        self.server.post("/slots/1?action=erase")
-        restored = self.server.post("/slots/1?action=restore", {"filename": "slot.bin"})
+        self.server.answer("/slots/1?action=erase")
+        restored = self.server.answer("/slots/1?action=restore", {"filename": "slot.bin"})
         self.assertEqual(restored["n_restored"], saved["n_saved"])
         again = self.server.complete(text, 16, id_slot=1, cache_prompt=True)
         self.assertLess(again["timings"]["prompt_n"], 8, "the restored rows were not used")
         self.assertEqual(again["content"], expected["content"])
         # Into another slot.
-        self.server.post("/slots/3?action=restore", {"filename": "slot.bin"})
+        self.server.answer("/slots/3?action=restore", {"filename": "slot.bin"})
         other = self.server.complete(text, 16, id_slot=3, cache_prompt=True)
         self.assertLess(other["timings"]["prompt_n"], 8)
         self.assertEqual(other["content"][:20], expected["content"][:20])
@@ -184,7 +150,7 @@ class OtherCommandLines(unittest.TestCase):
 
     def test_flash_attention_off_is_refused_in_words(self) -> None:
         server = self.start(SMOLLM2, "--device", "TQ0", "-fa", "off")
-        self.assertFalse(server.wait_ready())
+        self.assertFalse(server.starts())
         self.assertGreater(server.process.wait(10), 0, server.log()[-2000:])
         self.assertIn("flash attention", server.log())
 
@@ -192,40 +158,40 @@ class OtherCommandLines(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="tq_slots_") as folder:
             arguments = ("--device", "TQ0", "-fa", "on", "--slot-save-path", folder)
             first = self.start(SMOLLM2, *arguments)
-            self.assertTrue(first.wait_ready(), first.log()[-2000:])
+            self.assertTrue(first.starts(), first.log()[-2000:])
             start = STORY + " The fog"
             text = start + first.complete(start, 20, id_slot=0, cache_prompt=True)["content"]
-            saved = first.post("/slots/0?action=save", {"filename": "slot.bin"})
+            saved = first.answer("/slots/0?action=save", {"filename": "slot.bin"})
             self.assertGreater(saved["n_saved"], 180)
             expected = first.complete(text, 24, id_slot=0, cache_prompt=True)
             first.close()
             # A new process knows nothing of that cache's conditioning but what the rows bring.
             second = self.start(SMOLLM2, *arguments)
-            self.assertTrue(second.wait_ready(), second.log()[-2000:])
-            restored = second.post("/slots/0?action=restore", {"filename": "slot.bin"})
+            self.assertTrue(second.starts(), second.log()[-2000:])
+            restored = second.answer("/slots/0?action=restore", {"filename": "slot.bin"})
             self.assertEqual(restored["n_restored"], saved["n_saved"])
             again = second.complete(text, 24, id_slot=0, cache_prompt=True)
             self.assertLess(again["timings"]["prompt_n"], 8, "the restored rows were not used")
             self.assertEqual(again["content"], expected["content"])
             # One that has calibrated on something else translates them.
             third = self.start(SMOLLM2, *arguments)
-            self.assertTrue(third.wait_ready(), third.log()[-2000:])
+            self.assertTrue(third.starts(), third.log()[-2000:])
             third.complete(" ".join(QUESTIONS) * 8, 1, id_slot=1)
-            third.post("/slots/0?action=restore", {"filename": "slot.bin"})
+            third.answer("/slots/0?action=restore", {"filename": "slot.bin"})
             translated = third.complete(text, 24, id_slot=0, cache_prompt=True)
             self.assertLess(translated["timings"]["prompt_n"], 8)
             self.assertEqual(translated["content"][:12], expected["content"][:12])
 
     def test_wrong_setting_is_named(self) -> None:
         server = self.start(SMOLLM2, "--device", "TQ0", "-fa", "on", TURBOQUANT_KV="nonsense")
-        self.assertFalse(server.wait_ready())
+        self.assertFalse(server.starts())
         self.assertGreater(server.process.wait(10), 0, server.log()[-2000:])
         self.assertIn("TURBOQUANT_KV=nonsense", server.log())
 
     @unittest.skipUnless(GEMMA, "TQ_TEST_GEMMA is not set")
     def test_gemma(self) -> None:
         server = self.start(GEMMA, "--device", "TQ0", "-fa", "on")
-        self.assertTrue(server.wait_ready(), server.log()[-2000:])
+        self.assertTrue(server.starts(), server.log()[-2000:])
         self.assertIn("turboquant: KV cache", server.log())
         answer = server.complete("The capital of France is Paris. The capital of Italy is", 6)
         self.assertIn("Rome", answer["content"])

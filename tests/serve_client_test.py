@@ -9,7 +9,7 @@ import unittest
 
 import openai
 
-from serve_testing import MODEL, TQ, RawStream, Server, environment, main, text_of
+from serve_testing import MODEL, TQ, RawStream, Server, environment, main
 
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue?", "How many days has a week?",
              "Tell me about whales.", "What is a prime number?", "Write a line about rain.", "Who wrote Hamlet?"]
@@ -149,6 +149,8 @@ class Chat(WithServer):
         self.assertEqual(status, 200)
         by_tokens = self.complete(tokens["tokens"], 6)
         self.assertEqual(by_tokens.choices[0].text, text)
+        self.assertEqual((by_tokens.usage.prompt_tokens, by_tokens.usage.completion_tokens, by_tokens.usage.total_tokens),
+                         (len(tokens["tokens"]), 6, len(tokens["tokens"]) + 6))
         streamed = self.complete("One, two, three,", 6, stream=True)
         self.assertEqual("".join(c.choices[0].text for c in streamed), text)
         self.assertEqual(self.server.post("/detokenize", tokens)[1]["content"], "One, two, three,")
@@ -167,7 +169,7 @@ class Chat(WithServer):
         repeated = "na na na na na na na na na na na na na"
         plain = self.complete(repeated, 12).choices[0].text
         self.assertIn("na na", plain)
-        for fields in ({"frequency_penalty": 2}, {"presence_penalty": 2, "extra_body": {"repeat_penalty": 1.5}}):
+        for fields in ({"frequency_penalty": 2}, {"presence_penalty": 2}, {"extra_body": {"repeat_penalty": 1.5}}):
             self.assertNotEqual(self.complete(repeated, 12, **fields).choices[0].text, plain, fields)
 
     def test_logit_bias(self):

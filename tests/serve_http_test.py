@@ -12,7 +12,7 @@ import tempfile
 import time
 import unittest
 
-from serve_testing import MODEL, TQ, RawStream, Server, environment, free_port, main, text_of
+from serve_testing import MODEL, TQ, RawStream, Server, environment, main, text_of
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4, "temperature": 0}
@@ -296,6 +296,11 @@ class Ends(unittest.TestCase):
             self.assertGreaterEqual(props["context"]["slots"], 2)
             self.assertLessEqual(props["kv"]["bytes"], 40 << 20)
             self.assertGreater(props["kv"]["bytes"], 25 << 20)
+
+    def test_prompts_are_logged_when_asked_for(self):
+        with Server("--ctx", 512, "--parallel", 1, "--log-prompts") as server:
+            server.chat("xyzzy plugh", 1)
+            self.assertIn("xyzzy plugh", server.log())
 
     def test_timeout(self):
         with Server("--ctx", 8192, "--parallel", 1, "--timeout", 2) as server:

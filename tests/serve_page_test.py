@@ -11,21 +11,15 @@ import argparse
 import json
 import os
 import re
-import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import unittest
-import urllib.error
-import urllib.request
-from typing import Any, Optional
+from typing import Any
 
 import cdp
+from serve_testing import MODEL, Server, free_port
 
-MODEL = os.environ.get("TQ_TEST_SMOLLM2", "")
-TQ = ""
 PLANET = "Name the planet we live on."
 LONG = "Write a long story about a lighthouse keeper."
 KEY = "page-test-key"
@@ -39,64 +33,6 @@ ANSWER = "([...document.querySelectorAll('#messages .answer .prose')].at(-1)?.te
 FAILURE = "(document.querySelector('#messages .failure')?.textContent ?? '')"
 SIDEBAR = "document.querySelector('#new').checkVisibility({ visibilityProperty: true })"
 CHATS = "Object.keys(localStorage).filter((k) => k.startsWith('tq.chat.')).map((k) => JSON.parse(localStorage[k]))"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Server:
-    """A tq serve of this test's own; always ended."""
-
-    folder: Optional[str] = None  # a home for all of them: what the first learns about the model serves the others
-
-    def __init__(self, *arguments: str, port: int = 0):
-        self.port = port or free_port()
-        self.key = arguments[arguments.index("--api-key") + 1] if "--api-key" in arguments else ""
-        self.address = f"http://127.0.0.1:{self.port}/"
-        assert Server.folder
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("TURBOQUANT_", "XDG_"))}
-        environment.update(HOME=Server.folder)
-        command = [TQ, "serve", "-m", MODEL, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
-        self.log = open(os.path.join(Server.folder, f"log-{self.port}"), "ab+")
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
-
-    def get(self, path: str) -> str:
-        request = urllib.request.Request(self.address + path, headers={"Authorization": "Bearer " + self.key} if self.key else {})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            text: str = answer.read().decode()
-            return text
-
-    def ready(self) -> Server:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                self.get("health")
-                return self
-            except OSError:
-                time.sleep(0.05)
-        self.log.seek(0)
-        text = self.log.read().decode(errors="replace")[-2000:]
-        self.close()
-        raise RuntimeError("tq serve was not ready:\n" + text)
-
-    def running(self) -> float:
-        """Answers that are being made, as /metrics tells it."""
-        found = re.search(r"^turboquant_slots_busy ([0-9.e+]+)", self.get("metrics"), re.M)
-        assert found, "/metrics does not tell how many slots are busy"
-        return float(found[1])
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-        self.log.close()
 
 
 def stream(*events: Any, end: str = "data: [DONE]\n\n") -> tuple[int, dict[str, str], str]:
@@ -195,7 +131,7 @@ class Chat(Case):
         self.assertIn("Earth", self.page.run("document.querySelector('#status').textContent"), "screen readers hear the whole answer")
 
     def test_memory_context_and_speed_are_the_servers(self) -> None:
-        props = json.loads(self.server.get("props"))
+        props = self.server.get_json("/props")
         self.connected()
         self.assertIn(shown_size(props["kv"]["bytes"]), self.page.run("document.querySelector('#welcome').textContent"))
         self.assertIn(shown_size(props["kv"]["f16_bytes"]), self.page.run("document.querySelector('#welcome').textContent"))
@@ -218,11 +154,11 @@ class Chat(Case):
         self.settings(temperature=0)
         self.ask(LONG, done=False)
         self.page.wait(f"{ANSWER}.length > 40 && {BUSY}", "the answer to begin")
-        self.assertEqual(self.server.running(), 1)
+        self.assertEqual(self.server.busy(), 1)
         self.page.press("Escape")
         self.page.wait(IDLE, "the answer to stop", 5)
         end = time.monotonic() + 5
-        while self.server.running() > 0:
+        while self.server.busy() > 0:
             self.assertLess(time.monotonic(), end, "the server goes on with an answer nobody reads")
             time.sleep(0.05)
         kept = self.page.run(ANSWER)
@@ -577,14 +513,14 @@ class Looks(Case):
         policy = next(r["headers"] for r in self.page.responses if r["url"] == self.server.address)
         policy = next((v for k, v in policy.items() if k.lower() == "content-security-policy"), "")
         self.assertRegex(policy, "default-src 'none'; script-src 'nonce-[^' ]{16,}'; style-src 'nonce-[^' ]{16,}';")
-        self.assertNotEqual(self.server.get(""), self.server.get(""), "a nonce is good once")
+        self.assertNotEqual(self.server.get("/"), self.server.get("/"), "a nonce is good once")
         # What is not the page's own does not run.
         self.page.run("document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.hacked = 1' }))")
         self.page.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=window.hacked=2>')")
         self.assertTrue(self.page.errors)
         self.page.errors.clear()
         self.assertIsNone(self.page.run("window.hacked"))
-        text = self.server.get("")
+        text = self.server.get("/")[1].decode()
         self.assertNotIn("unsafe", policy)
         self.assertEqual(re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text), [], "nothing from elsewhere")
         self.assertEqual(re.findall(r"""<[^>]*\s(?:on[a-z]+|style)\s*=\s*["']""", text.split("<script")[0]), [])
@@ -646,7 +582,7 @@ class Trouble(Case):
 
     def test_key_and_a_server_that_goes(self) -> None:
         port = free_port()
-        server = Server(*LEAN, "--api-key", KEY, port=port).ready()
+        server = Server(*LEAN, "--api-key", KEY, key=KEY, port=port)
         self.addCleanup(lambda: server.close())
         self.open(server)
         dialog = "document.querySelector('#key').open"
@@ -670,7 +606,7 @@ class Trouble(Case):
         server.close()
         self.ask("Say hello.", done=False)
         self.fails_with(f"127.0.0.1:{port} does not answer")
-        server = Server(*LEAN, "--api-key", KEY, port=port).ready()
+        server = Server(*LEAN, "--api-key", KEY, key=KEY, port=port)
         self.assertGreater(len(self.try_again()), 1)
         self.assertEqual([m["content"] for m in self.page.requests[-1]["messages"] if m["role"] == "user"], [PLANET, "Say hello."])
 
@@ -679,7 +615,8 @@ def shared_server(kept: list[Server] = []) -> Server:
     if not kept:
         kept.append(Server(*LEAN))
         unittest.addModuleCleanup(kept[0].close)
-    return kept[0].ready()
+    kept[0].wait_ready()
+    return kept[0]
 
 
 def shared_page(kept: list[cdp.Page] = []) -> cdp.Page:
@@ -699,14 +636,13 @@ FONTS = "<fontconfig><include>/etc/fonts/fonts.conf</include>" + "".join(
 def screenshots(folder: str) -> None:
     """The pictures of docs/serve.md: real questions, answered by the model. Looks best where Debian's fonts-inter is installed."""
     os.makedirs(folder, exist_ok=True)
-    assert Server.folder
-    with open(os.path.join(Server.folder, "fonts.conf"), "w", encoding="utf-8") as file:
+    server = Server("--threads", os.cpu_count())
+    unittest.addModuleCleanup(server.close)
+    with open(os.path.join(server.folder, "fonts.conf"), "w", encoding="utf-8") as file:
         file.write(FONTS)
     os.environ["FONTCONFIG_FILE"] = file.name
-    server = Server()
-    unittest.addModuleCleanup(server.close)
     case = Chat()
-    case.server, case.page = server.ready(), shared_page()
+    case.server, case.page = server, shared_page()
     case.browser = case.page.browser
     case.open(server)
     case.connected()
@@ -730,29 +666,23 @@ def screenshots(folder: str) -> None:
 
 
 def main() -> int:
-    global TQ
     arguments = argparse.ArgumentParser()
     arguments.add_argument("tq")
     arguments.add_argument("tests", nargs="*")
     arguments.add_argument("--screenshots")
     given = arguments.parse_args()
-    TQ = given.tq
     if not MODEL or not cdp.find_chromium():
         print("SKIPPED: " + ("no Chromium (Debian package chromium)" if MODEL else "TQ_TEST_SMOLLM2 is not set"))
         return 77
-    Server.folder = tempfile.mkdtemp(prefix="tq_page_")
-    try:
-        if given.screenshots:
-            try:
-                screenshots(given.screenshots)
-            finally:
-                unittest.doModuleCleanups()
-            return 0
-        loader = unittest.defaultTestLoader
-        tests = loader.loadTestsFromNames(given.tests, sys.modules[__name__]) if given.tests else loader.loadTestsFromModule(sys.modules[__name__])
-        return 0 if unittest.TextTestRunner(verbosity=2).run(tests).wasSuccessful() else 1
-    finally:
-        shutil.rmtree(Server.folder, ignore_errors=True)
+    if given.screenshots:
+        try:
+            screenshots(given.screenshots)
+        finally:
+            unittest.doModuleCleanups()
+        return 0
+    loader = unittest.defaultTestLoader
+    tests = loader.loadTestsFromNames(given.tests, sys.modules[__name__]) if given.tests else loader.loadTestsFromModule(sys.modules[__name__])
+    return 0 if unittest.TextTestRunner(verbosity=2).run(tests).wasSuccessful() else 1
 
 
 if __name__ == "__main__":

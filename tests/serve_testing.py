@@ -1,28 +1,20 @@
-"""A tq serve of a test's own, and HTTP without a client library. Standard library only."""
+"""A tq serve of a test's own. Standard library only."""
 
-import http.client
 import json
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import unittest
+
+from server_process import ServerProcess, free_port, serve_command
 
 TQ = sys.argv[1] if len(sys.argv) > 1 else ""
 MODEL = os.environ.get("TQ_TEST_SMOLLM2", "")
 GEMMA = os.environ.get("TQ_TEST_GEMMA", "")
 # Profiles are made once for all tests.
 CACHE = os.environ.get("TQ_TEST_CACHE") or os.path.join(tempfile.gettempdir(), "tq_test_cache")
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def environment(**changes):
@@ -33,84 +25,25 @@ def environment(**changes):
     return result
 
 
-class Server:
-    """Ends when its block ends. Log lines are JSON."""
+class Server(ServerProcess):
+    """A tq serve; it is ready. Log lines are JSON. One thread unless told otherwise: other tests run beside it."""
 
-    def __init__(self, *arguments, model=MODEL, ready=True, **changes):
-        self.port = free_port()
-        self.folder = tempfile.mkdtemp(prefix="tq_serve_")
-        self.log_path = os.path.join(self.folder, "log")
-        command = [TQ, "serve", "-m", model, "--port", self.port, "--log-format", "json",
-                   *([] if "--threads" in arguments else ["--threads", 1]), *arguments]
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen([str(a) for a in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                            env=environment(**changes))
+    def __init__(self, *arguments, model=MODEL, ready=True, port=0, key="", env=None, **changes):
+        port = port or free_port()
+        threads = [] if "--threads" in arguments else ["--threads", 1]
+        super().__init__(serve_command(TQ, model, port, "--log-format", "json", *threads, *arguments), port,
+                         environment(**changes) if env is None else env, key)
+        self.address = f"http://127.0.0.1:{port}/"
         if ready:
-            self.wait_ready()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(40)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def wait_ready(self, seconds=120):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                raise RuntimeError("tq serve ended: " + self.log())
-            try:
-                if self.get("/health")[0] == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.05)
-        raise TimeoutError("tq serve was not ready: " + self.log())
-
-    def log(self):
-        with open(self.log_path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+                self.wait_ready()
+            except BaseException:
+                self.close()
+                raise
 
     def requests_logged(self):
         lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == "request"]
-
-    def ask(self, method, path, body=None, headers=None, timeout=60):
-        """(status, headers, body as bytes)"""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
-            sent = {} if body is None else {"Content-Type": "application/json"}
-            sent.update(headers or {})
-            data = json.dumps(body) if isinstance(body, (dict, list)) else body
-            connection.request(method, path, data, sent)
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-        finally:
-            connection.close()
-
-    def get(self, path, headers=None):
-        status, _, body = self.ask("GET", path, headers=headers)
-        return status, body
-
-    def get_json(self, path, headers=None):
-        status, body = self.get(path, headers)
-        assert status == 200, (path, status, body)
-        return json.loads(body)
-
-    def post(self, path, body, headers=None, timeout=60):
-        """(status, JSON)"""
-        status, _, answer = self.ask("POST", path, body, headers, timeout)
-        return status, json.loads(answer)
 
     def chat(self, text, n=16, **more):
         """The JSON of a greedy answer."""
@@ -131,12 +64,6 @@ class Server:
                 raise TimeoutError(f"still busy after {seconds} s")
             time.sleep(0.02)
         return time.monotonic() - start
-
-    def metric(self, name):
-        for line in self.get("/metrics")[1].decode().splitlines():
-            if line.startswith(name + " ") or line.startswith(name + "{"):
-                return float(line.rsplit(" ", 1)[1])
-        raise KeyError(name)
 
 
 class RawStream:

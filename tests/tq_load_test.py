@@ -9,17 +9,14 @@ import json
 import os
 import pathlib
 import re
-import signal
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 
 import tq_program_test as program
+from serve_testing import Server
 from tq_program_test import Case, environment, flip, session_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,52 +27,15 @@ STORY = ("The lighthouse stood at the end of a long spit of gravel, and in winte
          "twice, put it under the clock, and went up to trim the wick as she did every evening. ")
 
 
-class Server:
-    def __init__(self, folder, *arguments, slots=1, kv="tq4"):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.log_path = os.path.join(folder, f"log-{self.port}")
-        command = [program.TQ, "serve", "-m", MODEL, "--kv", kv, "--port", self.port, "--parallel", slots, "--ctx", 2048, "--threads", 2,
-                   *arguments]
-        with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                            env=environment())
+def start_server(*arguments, slots=1, kv="tq4"):
+    return Server("--kv", kv, "--parallel", slots, "--ctx", 2048, "--threads", 2, *arguments, env=environment())
 
-    def log(self):
-        return pathlib.Path(self.log_path).read_text(errors="replace")
 
-    def wait_ready(self, seconds=90):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        raise RuntimeError("tq serve was not ready:\n" + self.log()[-2000:])
-
-    def ask(self, messages, n=12):
-        """The answer's text and how many tokens of the prompt, how many of them cached."""
-        body = {"messages": messages, "temperature": 0, "max_tokens": n}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=90) as answer:
-            answer = json.load(answer)
-        usage = answer["usage"]
-        return (answer["choices"][0]["message"]["content"], usage["prompt_tokens"],
-                usage["prompt_tokens_details"]["cached_tokens"])
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-    def kill(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+def ask(server, messages, n=12):
+    """The answer's text and how many tokens of the prompt, how many of them cached."""
+    answer = server.chat(messages, n)
+    usage = answer["usage"]
+    return answer["choices"][0]["message"]["content"], usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
 def user(text):
@@ -92,13 +52,12 @@ class Restart(Case):
     def setUp(self):
         folder = tempfile.TemporaryDirectory(prefix="tq_restart_")
         self.addCleanup(folder.cleanup)
-        self.folder, self.sessions = folder.name, os.path.join(folder.name, "sessions")
+        self.sessions = os.path.join(folder.name, "sessions")
         self.question = [user(STORY * 4 + " What does Martha keep?")]
 
     def start(self, *arguments, **how):
-        server = Server(self.folder, "--session-dir", self.sessions, *arguments, **how)
-        self.addCleanup(server.kill)
-        server.wait_ready()
+        server = start_server("--session-dir", self.sessions, *arguments, **how)
+        self.addCleanup(server.close)
         return server
 
     def files(self):
@@ -110,18 +69,17 @@ class Restart(Case):
     def saved(self):
         """A conversation's file, as a server that ended left it; its answer."""
         server = self.start()
-        answer, read, _ = server.ask(self.question)
+        answer, read, _ = ask(server, self.question)
         self.assertGreater(read, 300)
         self.assertEqual(server.stop(), 0, server.log()[-2000:])
         self.assertEqual(len(self.files()), 1, os.listdir(self.sessions))
         return answer, self.files()[0]
 
     def test_goes_on_as_if_nothing_had_happened(self):
-        straight = Server(self.folder)
-        self.addCleanup(straight.kill)
-        straight.wait_ready()
-        answer, read, _ = straight.ask(self.question)
-        expected, _, cached = straight.ask(self.later(answer))
+        straight = start_server()
+        self.addCleanup(straight.close)
+        answer, read, _ = ask(straight, self.question)
+        expected, _, cached = ask(straight, self.later(answer))
         self.assertGreater(cached, read - 8)
         straight.stop()
 
@@ -137,7 +95,7 @@ class Restart(Case):
         self.assertLess(path.stat().st_size, (0.30 + 36 / tokens) * f16)
 
         server = self.start()
-        text, _, again = server.ask(self.later(answer))
+        text, _, again = ask(server, self.later(answer))
         self.assertEqual(again, cached, server.log()[-2000:])
         self.assertEqual(text, expected)
         # The longer conversation takes its file's place.
@@ -147,25 +105,25 @@ class Restart(Case):
 
     def test_what_a_slot_gives_up_is_found_again(self):
         server = self.start(slots=1)
-        answer, read, _ = server.ask(self.question)
-        server.ask([user("What is the capital of France? " * 30)])
-        _, _, cached = server.ask(self.later(answer))
+        answer, read, _ = ask(server, self.question)
+        ask(server, [user("What is the capital of France? " * 30)])
+        _, _, cached = ask(server, self.later(answer))
         self.assertGreater(cached, read - 8, server.log()[-2000:])
 
     def test_idle_slots_are_saved_and_survive_a_crash(self):
         server = self.start()
-        answer, read, _ = server.ask(self.question)
+        answer, read, _ = ask(server, self.question)
         end = time.monotonic() + 30
         while not self.files() and time.monotonic() < end:
             time.sleep(0.1)
         server.kill()
-        _, _, cached = self.start().ask(self.later(answer))
+        _, _, cached = ask(self.start(), self.later(answer))
         self.assertGreater(cached, read - 8)
 
     def refused(self, path, words, **how):
         """The file is named once, with why, and the prompt is read again."""
         server = self.start(**how)
-        text, _, cached = server.ask(self.question)
+        text, _, cached = ask(server, self.question)
         self.assertEqual(cached, 0, server.log()[-2000:])
         self.assertNotEqual(text, "")
         lines = [line for line in server.log().splitlines() if path.name in line]
@@ -202,7 +160,7 @@ class Restart(Case):
         limit = path.stat().st_size * 5 // 2
         server = self.start("--session-dir-limit", limit)
         for topic in ("horses", "bread", "rivers"):
-            server.ask([user(f"About {topic}. " + STORY * 4)])
+            ask(server, [user(f"About {topic}. " + STORY * 4)])
         server.stop()
         self.assertLessEqual(sum(p.stat().st_size for p in self.files()), limit)
         self.assertEqual(len(self.files()), 2)
