@@ -101,9 +101,15 @@ private:
     // Calls body(first entry, count) for each run of entries that have probabilities in the tile.
     template <class Body>
     void for_live_runs(Body&& body) const {
+        for_runs([&](int m) { return s_.live[m] != 0; }, body);
+    }
+
+    // Calls body(first entry, count) for each run of entries that `wanted` is true of.
+    template <class Wanted, class Body>
+    void for_runs(Wanted&& wanted, Body&& body) const {
         for (int m = 0; m < count_; ++m) {
             const int begin = m;
-            while (m < count_ && s_.live[m] != 0) {
+            while (m < count_ && wanted(m)) {
                 ++m;
             }
             if (m > begin) {
@@ -126,13 +132,13 @@ private:
     void look(int64_t tile);
     void score(int64_t tile);
     void set_means(int64_t tile);
-    void override_exact_scores(int64_t tile, size_t begin, size_t end);
+    void add_exact_scores();
     void add_turning_means(int64_t tile);
     bool weigh();
     void add_values(int64_t tile);
-    void add_exact_values(int64_t tile, size_t begin, size_t end);
-    void mark_exact(const ExactRows& rows, int64_t tile, size_t begin, size_t end);
-    void load_exact(const ExactRows& rows, size_t begin, size_t end, int64_t tile, int head_size, int channels);
+    void rescale_coded(int first, int n);
+    void add_exact_values();
+    bool find_exact(const ExactRows& rows, int64_t tile, int head_size);
     void load_key_tile(const Store::Impl& store, const LevelTables& tables, int64_t tile, float* out);
     void load_value_tile(int64_t tile);
     void load_scales(const Store::Impl& store, int64_t tile, int block);
@@ -148,6 +154,8 @@ private:
     const Sums sums_;
     const int64_t first_query_;
     const int n_queries_;
+    int n_exact_ = 0;         // rows in exact_rows
+    bool seen_known_ = false; // s_.seen is of this tile
 };
 
 void Task::load_queries() {
@@ -203,6 +211,8 @@ void Task::load_queries() {
 void Task::look(int64_t tile) {
     const int64_t row = tile * kTileRows;
     const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - row));
+    seen_known_ = false;
+    n_exact_ = 0;
     for (int i = 0; i < n_queries_; ++i) {
         s_.sight[i] = work_.visibility.sight(first_query_ + i, tile);
         if (s_.sight[i] == Sight::mixed) {
@@ -314,35 +324,41 @@ void Task::load_value_tile(int64_t tile) {
     }
 }
 
-// exact_bits: which rows of the tile are exact for which query and seen by it.
-void Task::mark_exact(const ExactRows& rows, int64_t tile, size_t begin, size_t end) {
+// exact_bits, exact_rows, exact_at: rows of the tile that are exact for some query which sees them. False: its queries
+// see no others, so that its codes need not be read.
+bool Task::find_exact(const ExactRows& rows, int64_t tile, int head_size) {
+    n_exact_ = 0;
     const int64_t first_row = tile * kTileRows;
-    for (int i = 0; i < n_queries_; ++i) {
-        uint64_t bits = s_.sight[i] == Sight::hidden ? 0 : rows.bits(begin, end, first_row, first_query_ + i);
-        if (s_.sight[i] == Sight::mixed) {
-            for (size_t e = begin; e < end; ++e) {
-                const int r = static_cast<int>(rows[e].row - first_row);
-                if (s_.bias[i * kTileRows + r] == -kInfinity) {
-                    bits &= ~(uint64_t{1} << r);
-                }
-            }
-        }
-        s_.exact_bits[i] = bits;
+    const size_t begin = rows.first_at_or_after(first_row);
+    const size_t end = rows.first_at_or_after(first_row + kTileRows);
+    if (begin == end) {
+        return true;
     }
-}
-
-// exact_tile[e - begin]: the fp16 rows that some query wants, as floats.
-void Task::load_exact(const ExactRows& rows, size_t begin, size_t end, int64_t tile, int head_size, int channels) {
+    if (!seen_known_) {
+        seen_known_ = true;
+        for (int i = 0; i < n_queries_; ++i) {
+            uint64_t seen = s_.sight[i] == Sight::clear ? ~uint64_t{0} : 0;
+            for (int r = 0; s_.sight[i] == Sight::mixed && r < kTileRows; ++r) {
+                seen |= static_cast<uint64_t>(s_.bias[i * kTileRows + r] != -kInfinity) << r;
+            }
+            s_.seen[i] = seen;
+        }
+    }
     uint64_t wanted = 0;
+    bool coded = false;
     for (int i = 0; i < n_queries_; ++i) {
+        s_.exact_bits[i] = s_.seen[i] == 0 ? 0 : rows.bits(begin, end, first_row, first_query_ + i) & s_.seen[i];
         wanted |= s_.exact_bits[i];
+        coded |= s_.exact_bits[i] != s_.seen[i];
     }
     for (size_t e = begin; e < end; ++e) {
-        if ((wanted >> (rows[e].row - tile * kTileRows) & 1) != 0) {
-            kernels_.half_to_float(rows[e].raw + static_cast<int64_t>(kv_head_) * head_size,
-                                   s_.exact_tile + static_cast<int64_t>(e - begin) * channels, channels);
+        const auto r = static_cast<int>(rows[e].row - first_row);
+        if ((wanted >> r & 1) != 0) {
+            s_.exact_at[n_exact_] = static_cast<uint8_t>(r);
+            s_.exact_rows[n_exact_++] = rows[e].raw + static_cast<int64_t>(kv_head_) * head_size;
         }
     }
+    return coded;
 }
 
 // query_mean for the tile's rows; where they are of several blocks it is added to the scores here and now.
@@ -396,30 +412,30 @@ void Task::set_means(int64_t tile) {
     }
 }
 
-void Task::override_exact_scores(int64_t tile, size_t begin, size_t end) {
-    const ExactRows& rows = work_.exact_keys;
-    const int d = plan_.key_size;
-    mark_exact(rows, tile, begin, end);
-    load_exact(rows, begin, end, tile, d, d);
-    for (int i = 0; i < n_queries_; ++i) {
-        for (size_t e = begin; s_.exact_bits[i] != 0 && e < end; ++e) {
-            const int r = static_cast<int>(rows[e].row - tile * kTileRows);
-            if ((s_.exact_bits[i] >> r & 1) == 0) {
-                continue;
-            }
-            for (int m = first_entry_of(i); m < end_entry_of(i); ++m) {
-                // Less the mean's part, which every row of the tile gets added later.
-                s_.scores[m * kTileRows + r] = kernels_.dot(s_.plain_query + static_cast<int64_t>(m) * d,
-                                                            s_.exact_tile + static_cast<int64_t>(e - begin) * d, d) -
-                                               s_.query_mean[m];
+void Task::add_exact_scores() {
+    const auto wanted = [&](int m) { return s_.exact_bits[query_of(m)] != 0; };
+    for_runs(wanted, [&](int first, int n) {
+        const auto at = static_cast<int64_t>(first) * plan_.key_size;
+        kernels_.exact_scores(s_.exact_rows, n_exact_, plan_.key_size, s_.plain_query + at, plan_.key_size, n,
+                              s_.exact_scores + first * kTileRows);
+        for (int m = first; m < first + n; ++m) {
+            const uint64_t bits = s_.exact_bits[query_of(m)];
+            for (int j = 0; j < n_exact_; ++j) {
+                if ((bits >> s_.exact_at[j] & 1) != 0) {
+                    // Less the mean's part, which every row of the tile gets added later.
+                    s_.scores[m * kTileRows + s_.exact_at[j]] = s_.exact_scores[m * kTileRows + j] - s_.query_mean[m];
+                }
             }
         }
-    }
+    });
 }
 
 void Task::score(int64_t tile) {
     const Store::Impl& k = *plan_.k;
-    if (plan_.int_keys) {
+    const bool coded = work_.exact_keys.empty() || find_exact(work_.exact_keys, tile, plan_.key_size);
+    if (!coded) {
+        std::fill_n(s_.scores, count_ * kTileRows, 0.0f); // of rows that nobody sees
+    } else if (plan_.int_keys) {
         for_seeing_runs([&](int first, int n) {
             for_portions(first, n, [&](int m, int heads) {
                 kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, tile),
@@ -435,16 +451,11 @@ void Task::score(int64_t tile) {
                           kTileRows, s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
         });
     }
-    if (plan_.turning_mean) {
+    if (coded && plan_.turning_mean) {
         set_means(tile);
     }
-    const ExactRows& rows = work_.exact_keys;
-    if (!rows.empty()) {
-        const size_t begin = rows.first_at_or_after(tile * kTileRows);
-        const size_t end = rows.first_at_or_after((tile + 1) * kTileRows);
-        if (begin != end) {
-            override_exact_scores(tile, begin, end);
-        }
+    if (n_exact_ > 0) {
+        add_exact_scores();
     }
 }
 
@@ -469,25 +480,29 @@ bool Task::weigh() {
 }
 
 // Adds the exact rows' values and takes their probabilities out of the codes' share.
-void Task::add_exact_values(int64_t tile, size_t begin, size_t end) {
-    const ExactRows& rows = work_.exact_values;
-    const int n = plan_.value_size;
-    mark_exact(rows, tile, begin, end);
-    load_exact(rows, begin, end, tile, plan_.v->shape.head_size, n);
-    for (int i = 0; i < n_queries_; ++i) {
-        for (size_t e = begin; s_.exact_bits[i] != 0 && e < end; ++e) {
-            const int r = static_cast<int>(rows[e].row - tile * kTileRows);
-            if ((s_.exact_bits[i] >> r & 1) == 0) {
-                continue;
+void Task::add_exact_values() {
+    const auto wanted = [&](int m) { return s_.live[m] != 0 && s_.exact_bits[query_of(m)] != 0; };
+    for_runs(wanted, [&](int first, int n) {
+        for (int m = first; m < first + n; ++m) {
+            const uint64_t bits = s_.exact_bits[query_of(m)];
+            float* p = s_.scores + m * kTileRows;
+            for (int j = 0; j < n_exact_; ++j) {
+                const int r = s_.exact_at[j];
+                const bool exact = (bits >> r & 1) != 0;
+                s_.exact_scores[m * kTileRows + j] = exact ? p[r] : 0.0f;
+                p[r] = exact ? 0.0f : p[r];
             }
-            for (int m = first_entry_of(i); m < end_entry_of(i); ++m) {
-                if (s_.live[m] != 0) {
-                    float& p = s_.scores[m * kTileRows + r];
-                    kernels_.axpy(p, s_.exact_tile + static_cast<int64_t>(e - begin) * n,
-                                  sums_.exact + static_cast<int64_t>(m) * plan_.value_ld, n);
-                    p = 0;
-                }
-            }
+        }
+        kernels_.exact_values(s_.exact_rows, n_exact_, plan_.value_size, s_.exact_scores + first * kTileRows, n,
+                              sums_.exact + static_cast<int64_t>(first) * plan_.value_ld, plan_.value_ld);
+    });
+}
+
+void Task::rescale_coded(int first, int n) {
+    for (int m = first; m < first + n; ++m) {
+        if (sums_.row[m].rescale != 1) {
+            kernels_.scale(sums_.row[m].rescale, sums_.coded + static_cast<int64_t>(m) * plan_.value_ld,
+                           plan_.sum_size);
         }
     }
 }
@@ -502,10 +517,13 @@ void Task::add_values(int64_t tile) {
                 kernels_.scale(sums_.row[m].rescale, sums_.exact + static_cast<int64_t>(m) * ld, plan_.value_size);
             }
         }
-        const size_t begin = rows.first_at_or_after(tile * kTileRows);
-        const size_t end = rows.first_at_or_after((tile + 1) * kTileRows);
-        if (begin != end) {
-            add_exact_values(tile, begin, end);
+        const bool coded = find_exact(rows, tile, v.shape.head_size);
+        if (n_exact_ > 0) {
+            add_exact_values();
+        }
+        if (!coded) {
+            rescale_coded(0, count_);
+            return;
         }
     }
     for (int m = 0; m < count_ && plan_.value_mean; ++m) {
@@ -531,11 +549,7 @@ void Task::add_values(int64_t tile) {
     }
     load_value_tile(tile);
     for_live_runs([&](int first, int n) {
-        for (int m = first; m < first + n; ++m) {
-            if (sums_.row[m].rescale != 1) {
-                kernels_.scale(sums_.row[m].rescale, sums_.coded + static_cast<int64_t>(m) * ld, plan_.sum_size);
-            }
-        }
+        rescale_coded(first, n);
         kernels_.gemm(s_.scores + first * kTileRows, kTileRows, s_.value_tile, ld,
                       sums_.coded + static_cast<int64_t>(first) * ld, ld, n, ld, kTileRows, true);
     });

@@ -91,7 +91,7 @@ inline Vf exp2_vector(Vf x) { // 0 <= f < 1: vscalefps takes the rest of x as it
     return reinterpret_cast<Vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(r), reinterpret_cast<__m512>(x)));
 }
 #else
-inline Vf exp2_vector(Vf x) { // |f| <= 1/2
+inline Vf exp2_vector(Vf x) {            // |f| <= 1/2
     const Vf magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
     const Vf y = vmax(x, splat(-127.0f));
     const Vf shifted = y + magic;
@@ -143,7 +143,8 @@ void unpack_key(const TileLayout& tile, const uint8_t* codes, uint8_t* bytes) {
                                 }
                             } else {
                                 for (int l = 0; l < 16; ++l) {
-                                    out[l] = static_cast<uint8_t>(out[l] | ((lanes[l] >> shift) & field_mask) << plane.shift);
+                                    out[l] = static_cast<uint8_t>(out[l] | ((lanes[l] >> shift) & field_mask)
+                                                                               << plane.shift);
                                 }
                             }
                         }
@@ -176,7 +177,8 @@ void unpack_value(const TileLayout& tile, const uint8_t* codes, uint8_t* bytes, 
                             }
                         } else {
                             for (int l = 0; l < 16; ++l) {
-                                out[l] = static_cast<uint8_t>(out[l] | ((lanes[l] >> shift) & field_mask) << plane.shift);
+                                out[l] =
+                                    static_cast<uint8_t>(out[l] | ((lanes[l] >> shift) & field_mask) << plane.shift);
                             }
                         }
                     }
@@ -276,23 +278,151 @@ void gemm(const float* a, int lda, const float* b, int ldb, float* c, int ldc, i
     }
 }
 
+inline float half_value(uint16_t h) {
+    const uint32_t magnitude = (h & 0x7fffu) << 13;
+    float f;
+    __builtin_memcpy(&f, &magnitude, sizeof f);
+    f *= 0x1p112f; // moves the exponent's bias; exact for subnormals too
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f, sizeof bits);
+    bits |= (h & 0x8000u) << 16 | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);
+    __builtin_memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+inline Vf load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return reinterpret_cast<Vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+    return reinterpret_cast<Vf>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
+#else
+    typedef uint16_t Vh __attribute__((vector_size(kWidth * 2)));
+    Vh halves;
+    __builtin_memcpy(&halves, p, sizeof halves);
+    const Vi h = __builtin_convertvector(halves, Vi);
+    const Vi magnitude = (h & 0x7fff) << 13;
+    const Vf f = reinterpret_cast<Vf>(magnitude) * splat(0x1p112f);
+    return reinterpret_cast<Vf>(reinterpret_cast<Vi>(f) | (h & 0x8000) << 16 |
+                                ((magnitude >= 0x0f800000) & 0x7f800000));
+#endif
+}
+
 void half_to_float(const uint16_t* in, float* out, int n) {
     int i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    for (; i + kWidth <= n; i += kWidth) {
+        store(out + i, load_half(in + i));
     }
-#endif
     for (; i < n; ++i) {
-        const uint32_t h = in[i];
-        const uint32_t magnitude = (h & 0x7fffu) << 13;
-        float f;
-        __builtin_memcpy(&f, &magnitude, sizeof f);
-        f *= 0x1p112f; // moves the exponent's bias; exact for subnormals too
-        uint32_t bits;
-        __builtin_memcpy(&bits, &f, sizeof bits);
-        bits |= (h & 0x8000u) << 16 | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);
-        __builtin_memcpy(out + i, &bits, sizeof bits);
+        out[i] = half_value(in[i]);
+    }
+}
+
+// A row is converted once for up to this many query heads.
+constexpr int kExactHeads = kWidth == 4 ? 4 : 8;
+
+template <int Heads>
+inline void exact_scores_of(const uint16_t* const* rows, int n_rows, int n, const float* q, int q_stride, float* s) {
+    for (int j = 0; j < n_rows; ++j) {
+        const uint16_t* row = rows[j];
+        Vf sum[Heads] = {};
+        int c = 0;
+        for (; c + kWidth <= n; c += kWidth) {
+            const Vf x = load_half(row + c);
+            for (int h = 0; h < Heads; ++h) {
+                sum[h] += x * load(q + h * q_stride + c);
+            }
+        }
+        float rest[Heads] = {};
+        for (; c < n; ++c) {
+            const float x = half_value(row[c]);
+            for (int h = 0; h < Heads; ++h) {
+                rest[h] += x * q[h * q_stride + c];
+            }
+        }
+        for (int h = 0; h < Heads; ++h) {
+            s[h * kTileRows + j] = lane_sum(sum[h]) + rest[h];
+        }
+    }
+}
+
+void exact_scores(const uint16_t* const* rows, int n_rows, int n, const float* q, int q_stride, int heads, float* s) {
+    for (; heads >= kExactHeads; heads -= kExactHeads) {
+        exact_scores_of<kExactHeads>(rows, n_rows, n, q, q_stride, s);
+        q += kExactHeads * q_stride;
+        s += kExactHeads * kTileRows;
+    }
+    switch (heads) {
+    case 1: exact_scores_of<1>(rows, n_rows, n, q, q_stride, s); break;
+    case 2: exact_scores_of<2>(rows, n_rows, n, q, q_stride, s); break;
+    case 3: exact_scores_of<3>(rows, n_rows, n, q, q_stride, s); break;
+    case 4: exact_scores_of<4>(rows, n_rows, n, q, q_stride, s); break;
+    case 5: exact_scores_of<5>(rows, n_rows, n, q, q_stride, s); break;
+    case 6: exact_scores_of<6>(rows, n_rows, n, q, q_stride, s); break;
+    case 7: exact_scores_of<7>(rows, n_rows, n, q, q_stride, s); break;
+    default: break;
+    }
+}
+
+template <int Heads, int Vectors>
+inline void exact_values_block(const uint16_t* const* rows, int n_rows, int c, const float* p, float* acc,
+                               int acc_stride) {
+    Vf sum[Heads][Vectors] = {};
+    for (int j = 0; j < n_rows; ++j) {
+        Vf x[Vectors];
+        for (int v = 0; v < Vectors; ++v) {
+            x[v] = load_half(rows[j] + c + v * kWidth);
+        }
+        for (int h = 0; h < Heads; ++h) {
+            const Vf weight = splat(p[h * kTileRows + j]);
+            for (int v = 0; v < Vectors; ++v) {
+                sum[h][v] += weight * x[v];
+            }
+        }
+    }
+    for (int h = 0; h < Heads; ++h) {
+        for (int v = 0; v < Vectors; ++v) {
+            float* to = acc + h * acc_stride + c + v * kWidth;
+            store(to, load(to) + sum[h][v]);
+        }
+    }
+}
+
+template <int Heads>
+inline void exact_values_of(const uint16_t* const* rows, int n_rows, int n, const float* p, float* acc,
+                            int acc_stride) {
+    int c = 0;
+    for (; c + 2 * kWidth <= n; c += 2 * kWidth) {
+        exact_values_block<Heads, 2>(rows, n_rows, c, p, acc, acc_stride);
+    }
+    for (; c + kWidth <= n; c += kWidth) {
+        exact_values_block<Heads, 1>(rows, n_rows, c, p, acc, acc_stride);
+    }
+    for (; c < n; ++c) {
+        for (int h = 0; h < Heads; ++h) {
+            float sum = 0;
+            for (int j = 0; j < n_rows; ++j) {
+                sum += p[h * kTileRows + j] * half_value(rows[j][c]);
+            }
+            acc[h * acc_stride + c] += sum;
+        }
+    }
+}
+
+void exact_values(const uint16_t* const* rows, int n_rows, int n, const float* p, int heads, float* acc,
+                  int acc_stride) {
+    constexpr int kHeads = 4;
+    for (; heads >= kHeads; heads -= kHeads) {
+        exact_values_of<kHeads>(rows, n_rows, n, p, acc, acc_stride);
+        p += kHeads * kTileRows;
+        acc += kHeads * acc_stride;
+    }
+    switch (heads) {
+    case 1: exact_values_of<1>(rows, n_rows, n, p, acc, acc_stride); break;
+    case 2: exact_values_of<2>(rows, n_rows, n, p, acc, acc_stride); break;
+    case 3: exact_values_of<3>(rows, n_rows, n, p, acc, acc_stride); break;
+    default: break;
     }
 }
 
@@ -385,6 +515,8 @@ constexpr Kernels float_kernels() {
     k.transpose = transpose;
     k.gemm = gemm;
     k.half_to_float = half_to_float;
+    k.exact_scores = exact_scores;
+    k.exact_values = exact_values;
     k.dot = dot;
     k.axpy = axpy;
     k.scale = scale_vector;

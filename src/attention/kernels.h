@@ -60,6 +60,14 @@ struct Kernels {
     void (*axpy)(float a, const float* x, float* y, int n); // y += a x
     void (*scale)(float a, float* y, int n);                // y *= a
 
+    // ---- exact rows: fp16 rows of one head, wherever they lie -------------------------------------------------------
+    // s[h*64 + j] = <q[h*q_stride ..], rows[j]> over n channels; up to 64 rows
+    void (*exact_scores)(const uint16_t* const* rows, int n_rows, int n, const float* q, int q_stride, int heads,
+                         float* s);
+    // acc[h*acc_stride + c] += sum over j of p[h*64 + j] * rows[j][c], c < n
+    void (*exact_values)(const uint16_t* const* rows, int n_rows, int n, const float* p, int heads, float* acc,
+                         int acc_stride);
+
     // ---- softmax of one query head over one tile --------------------------------------------------------------------
     // s[64]: scores in, probabilities relative to state.max out. score = s + add; with softcap > 0:
     // softcap * tanh(s + add); then + bias_scale * bias[row] (bias may be null; -inf hides). False: nothing to add

@@ -74,32 +74,35 @@ struct Sums {
 
 // One worker's arrays. m counts a task's entries.
 struct Scratch {
-    float* query = nullptr;            // [m][key_size] rotated, query_factor folded in
-    float* plain_query = nullptr;      // [m][key_size] the same not rotated, for exact rows
-    float* query_mean = nullptr;       // [m] <q, mean> of the tile's rows; 0 where they differ in it
-    float* constant_mean = nullptr;    // [m] the part of it that channels which do not turn make
-    float* turning_query = nullptr;    // [m][2 * pairs] the rest: the dot product of this with a block's phases
-    int mean_entry = -1;               // block entry that query_mean is of; -1: none
-    IntWord* query_words = nullptr;    // [m][query_words_ld]
-    float* query_mul = nullptr;        // [m]
-    int32_t* query_sum = nullptr;      // [m]
-    float* scores = nullptr;           // [m][64] scores, then probabilities
-    uint8_t* live = nullptr;           // [m] has probabilities in this tile
-    IntWord* weight_words = nullptr;   // [m][16]
-    float* weight_mul = nullptr;       // [m]
-    int32_t* weight_sum = nullptr;     // [m]
-    float* rescale = nullptr;          // [m]
-    float* bias = nullptr;             // [query][64] the mask
-    Sight* sight = nullptr;            // [query]
-    uint64_t* exact_bits = nullptr;    // [query]
-    uint8_t* bytes = nullptr;          // a tile's codes
-    float* scale = nullptr;            // [64]
-    float* key_tile = nullptr;         // [key_size][64]
-    float* keyed_value_tile = nullptr; // [v head size][64] of a key store that serves as values
-    float* value_tile = nullptr;       // [64][value_ld]
-    float* exact_tile = nullptr;       // [exact row of the tile][channel]
-    float* vector = nullptr;           // 2 * max(key_size, v head size): one vector on its way through a rotation
-    Sums sums;                         // used where a task covers all tiles
+    float* query = nullptr;                // [m][key_size] rotated, query_factor folded in
+    float* plain_query = nullptr;          // [m][key_size] the same not rotated, for exact rows
+    float* query_mean = nullptr;           // [m] <q, mean> of the tile's rows; 0 where they differ in it
+    float* constant_mean = nullptr;        // [m] the part of it that channels which do not turn make
+    float* turning_query = nullptr;        // [m][2 * pairs] the rest: the dot product of this with a block's phases
+    int mean_entry = -1;                   // block entry that query_mean is of; -1: none
+    IntWord* query_words = nullptr;        // [m][query_words_ld]
+    float* query_mul = nullptr;            // [m]
+    int32_t* query_sum = nullptr;          // [m]
+    float* scores = nullptr;               // [m][64] scores, then probabilities
+    uint8_t* live = nullptr;               // [m] has probabilities in this tile
+    IntWord* weight_words = nullptr;       // [m][16]
+    float* weight_mul = nullptr;           // [m]
+    int32_t* weight_sum = nullptr;         // [m]
+    float* rescale = nullptr;              // [m]
+    float* bias = nullptr;                 // [query][64] the mask
+    Sight* sight = nullptr;                // [query]
+    uint64_t* seen = nullptr;              // [query] rows of the tile that it sees; kept where the tile has exact rows
+    uint64_t* exact_bits = nullptr;        // [query] those of them that are exact for it
+    const uint16_t** exact_rows = nullptr; // [64] rows of the tile that are exact for some query
+    uint8_t* exact_at = nullptr;           // [64] which rows of the tile they are
+    float* exact_scores = nullptr;         // [m][64] their scores, then their probabilities
+    uint8_t* bytes = nullptr;              // a tile's codes
+    float* scale = nullptr;                // [64]
+    float* key_tile = nullptr;             // [key_size][64]
+    float* keyed_value_tile = nullptr;     // [v head size][64] of a key store that serves as values
+    float* value_tile = nullptr;           // [64][value_ld]
+    float* vector = nullptr;               // 2 * max(key_size, v head size): one vector on its way through a rotation
+    Sums sums;                             // used where a task covers all tiles
 
     int query_words_ld = 0;
 
@@ -128,13 +131,17 @@ struct Scratch {
         c.take(rescale, m);
         c.take(bias, queries * kTileRows);
         c.take(sight, queries);
+        const bool exact = exact_keys || exact_values;
+        c.take(seen, queries);
         c.take(exact_bits, queries);
+        c.take(exact_rows, exact ? kTileRows : 0);
+        c.take(exact_at, exact ? kTileRows : 0);
+        c.take(exact_scores, exact ? m * kTileRows : 0);
         c.take(bytes, widest * kTileRows);
         c.take(scale, kTileRows);
         c.take(key_tile, plan.int_keys ? 0 : dk * kTileRows);
         c.take(keyed_value_tile, plan.keyed_values ? dv * kTileRows : 0);
         c.take(value_tile, plan.int_values ? 0 : static_cast<int64_t>(plan.value_ld) * kTileRows);
-        c.take(exact_tile, exact_keys || exact_values ? widest * kTileRows : 0);
         c.take(vector, 2 * widest);
         sums.carve(c, plan, m, exact_values);
     }

@@ -230,6 +230,9 @@ int find_entry(Store::Impl& impl, int block) {
     if (impl.row_entries.size() == 0) {
         return 0;
     }
+    if (impl.mean_entry >= 0 && impl.blocks[static_cast<size_t>(impl.mean_entry)] == block) {
+        return impl.mean_entry; // the rule while a sequence grows
+    }
     const auto [found, is_new] = impl.block_entries.try_emplace(block, static_cast<uint16_t>(impl.blocks.size()));
     if (is_new) {
         impl.blocks.push_back(block);

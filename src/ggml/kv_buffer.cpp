@@ -393,15 +393,16 @@ void report_sources(KvBuffer& buffer) {
 
 KvRef find_kv(const ggml_tensor* tensor) {
     const ggml_tensor* root = root_of(tensor);
-    Side side = Side::key;
-    if (root == nullptr || root->buffer == nullptr || !parse_kv_name(root->name, side)) {
+    if (root == nullptr || root->buffer == nullptr) {
         return {};
     }
-    if (root->buffer->buft == &g_kv_type) {
+    if (root->buffer->buft == &g_kv_type) { // holds nothing else (buffer_init_tensor)
         return {true, context_of(root->buffer), static_cast<KvTensor*>(root->extra)};
     }
     // The host's dummy buffer while it only measures what a context would need.
-    return {root->buffer->buft == &g_default_type && root->buffer->context == nullptr, nullptr, nullptr};
+    Side side = Side::key;
+    const bool measured = root->buffer->buft == &g_default_type && root->buffer->context == nullptr;
+    return {measured && parse_kv_name(root->name, side), nullptr, nullptr};
 }
 
 } // namespace turboquant::plugin

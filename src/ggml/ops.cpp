@@ -90,8 +90,8 @@ ParallelFor OpContext::parallel() const {
 
 Status OpContext::learn_rope(KvBuffer& buffer, KvTensor& tensor, const RopeTrace& trace) {
     RopeFacts& facts = tensor.rope();
-    std::vector<int32_t> signature = trace.signature();
-    if (facts.known && facts.signature == signature) {
+    trace.signature(signature_);
+    if (facts.known && facts.signature == signature_) {
         return {};
     }
     facts.kind = trace.kind;
@@ -104,7 +104,7 @@ Status OpContext::learn_rope(KvBuffer& buffer, KvTensor& tensor, const RopeTrace
             return status;
         }
     }
-    facts.signature = std::move(signature);
+    facts.signature = signature_;
     facts.known = true;
     Status status = tensor.key_source().see_turns(facts, tensor.stores(), parallel());
     report_sources(buffer);
@@ -163,11 +163,11 @@ Status OpContext::set_rows(const ggml_tensor* op) {
     const int32_t* positions = nullptr;
     bool keep_keys = false;
     if (tensor.side() == Side::key) {
-        const RopeTrace trace = trace_rope(op, tensor.head_size());
-        if (Status status = learn_rope(*kv.buffer, tensor, trace); !status.ok()) {
+        trace_rope(op, tensor.head_size(), trace_);
+        if (Status status = learn_rope(*kv.buffer, tensor, trace_); !status.ok()) {
             return {status.code(), tensor.name() + ": " + status.message()};
         }
-        positions = batch_positions(tensor, trace, n);
+        positions = batch_positions(tensor, trace_, n);
         keep_keys = tuning() || tensor.key_source().wants_rows();
     }
     for (int64_t begin = 0; begin < n;) {

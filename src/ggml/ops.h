@@ -58,6 +58,8 @@ private:
     AttentionWorkspace workspace_;
     std::vector<float> rows_;
     std::vector<int64_t> cells_;
+    RopeTrace trace_;
+    std::vector<int32_t> signature_;
     ggml_backend_t cpu_ = nullptr;
     // Inputs of a graph are overwritten after their last use in it, so positions are read at the first key tensor that
     // an evaluation writes, and kept for the others. A tensor written again is a new evaluation.

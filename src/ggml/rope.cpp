@@ -129,24 +129,23 @@ Status turn_units(const ggml_tensor* op, ggml_backend_t cpu, std::vector<float>&
 
 } // namespace
 
-std::vector<int32_t> RopeTrace::signature() const {
-    std::vector<int32_t> out = {static_cast<int32_t>(kind)};
+void RopeTrace::signature(std::vector<int32_t>& out) const {
+    out.assign(1, static_cast<int32_t>(kind));
     for (const Part& part : parts) {
         out.push_back(part.first_channel);
         out.push_back(static_cast<int32_t>(part.op->ne[0]));
         out.push_back(part.op->src[2] != nullptr ? 1 : 0);
         out.insert(out.end(), part.op->op_params, part.op->op_params + 16); // all that a ROPE has
     }
-    return out;
 }
 
-RopeTrace trace_rope(const ggml_tensor* set_rows, int head_size) {
-    RopeTrace trace;
+void trace_rope(const ggml_tensor* set_rows, int head_size, RopeTrace& trace) {
+    trace.parts.clear();
+    trace.positions = nullptr;
     trace.kind = follow(set_rows->src[0], 0, head_size, trace);
     if (trace.kind != RopeTrace::Kind::turns) {
         trace.parts.clear();
     }
-    return trace;
 }
 
 Status rope_pairs(const RopeTrace& trace, ggml_backend_t cpu, std::vector<RopePair>& pairs) {

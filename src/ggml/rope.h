@@ -29,7 +29,7 @@ struct RopeTrace {
 
     // Of everything that the pairs depend on but the frequency factors' values, which a context never changes: equal
     // signatures have equal pairs.
-    std::vector<int32_t> signature() const;
+    void signature(std::vector<int32_t>& out) const;
 };
 
 // How the keys of a tensor turn, as far as a graph has said.
@@ -40,8 +40,9 @@ struct RopeFacts {
     std::vector<int32_t> signature;
 };
 
-// Follows op->src[0] of a SET_ROWS into a tensor whose heads have `head_size` channels. Borrows from the graph.
-RopeTrace trace_rope(const ggml_tensor* set_rows, int head_size);
+// Follows op->src[0] of a SET_ROWS into a tensor whose heads have `head_size` channels. Borrows from the graph. `trace`
+// is overwritten; done for every key tensor of every token, so its memory is used again.
+void trace_rope(const ggml_tensor* set_rows, int head_size, RopeTrace& trace);
 
 // The pairs of a head: each ROPE of the trace is run by `cpu` (the host's CPU back end) on unit vectors at position 1,
 // and the turns are read off the result. Pairs that do not turn are left out. Error: the back end fails.

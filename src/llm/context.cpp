@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include <fmt/format.h>
+#include <ggml-cpu.h>
 
 namespace turboquant::llm {
 namespace {
@@ -31,7 +32,38 @@ double in_f16(double mib, const std::string& type_name) {
            static_cast<double>(ggml_type_size(type));
 }
 
+// ggml's CPU back end may be loaded at run time, so its functions are asked for by name.
+template <class Function>
+Function cpu_function(const char* name) {
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_reg_t registry = device == nullptr ? nullptr : ggml_backend_dev_backend_reg(device);
+    return registry == nullptr ? nullptr
+                               : reinterpret_cast<Function>(ggml_backend_reg_get_proc_address(registry, name));
+}
+
 } // namespace
+
+void ContextDeleter::operator()(llama_context* context) const {
+    llama_free(context);
+    if (threads_ != nullptr) {
+        cpu_function<decltype(&ggml_threadpool_free)>("ggml_threadpool_free")(threads_);
+    }
+}
+
+ContextHandle new_context(llama_model* model, const llama_context_params& params) {
+    llama_context* const context = llama_init_from_model(model, params);
+    ggml_threadpool_t threads = nullptr;
+    const auto make = cpu_function<decltype(&ggml_threadpool_new)>("ggml_threadpool_new");
+    const auto free = cpu_function<decltype(&ggml_threadpool_free)>("ggml_threadpool_free");
+    if (context != nullptr && make != nullptr && free != nullptr) {
+        ggml_threadpool_params pool =
+            ggml_threadpool_params_default(std::max(params.n_threads, params.n_threads_batch));
+        if (threads = make(&pool); threads != nullptr) {
+            llama_attach_threadpool(context, threads, threads);
+        }
+    }
+    return ContextHandle(context, ContextDeleter(threads));
+}
 
 Context make_context(const Model& model, const ContextOptions& options) {
     const KvChoice& kv = options.kv;
@@ -63,7 +95,7 @@ Context make_context(const Model& model, const ContextOptions& options) {
     params.abort_callback_data = options.abort_data;
     const LogCapture log;
     Context context;
-    context.handle.reset(llama_init_from_model(model.get(), params));
+    context.handle = new_context(model.get(), params);
     if (!context.handle) {
         throw Error(fmt::format("{}: no context of {}{} tokens with the {} cache: {}{}", model.path(),
                                 options.sequences > 1 ? fmt::format("{} x ", options.sequences) : "",

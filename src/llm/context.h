@@ -23,12 +23,24 @@ struct ContextOptions {
     void* abort_data = nullptr;
 };
 
-struct ContextDeleter {
-    void operator()(llama_context* context) const { llama_free(context); }
+// Frees a context, then the threads that were attached to it.
+class ContextDeleter {
+public:
+    ContextDeleter() = default;
+    explicit ContextDeleter(ggml_threadpool_t threads) : threads_(threads) {}
+    void operator()(llama_context* context) const;
+
+private:
+    ggml_threadpool_t threads_ = nullptr;
 };
+using ContextHandle = std::unique_ptr<llama_context, ContextDeleter>;
+
+// llama_init_from_model() and threads of the context's own (params.n_threads of them). Without these the host makes and
+// frees a pool for every part of every graph, and the plug-in makes parts of two a layer. Null where libllama refuses.
+ContextHandle new_context(llama_model* model, const llama_context_params& params);
 
 struct Context {
-    std::unique_ptr<llama_context, ContextDeleter> handle;
+    ContextHandle handle;
     int64_t kv_bytes = 0;     // as allocated (libllama's log), all sequences together
     int64_t kv_f16_bytes = 0; // the same cells in f16
 };

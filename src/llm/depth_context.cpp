@@ -66,7 +66,7 @@ DepthContext::DepthContext(const Model& model, const DepthOptions& options)
     };
     params.abort_callback_data = const_cast<std::atomic<bool>*>(options_.interrupt);
     const LogCapture log;
-    ctx_.reset(llama_init_from_model(model.get(), params));
+    ctx_ = new_context(model.get(), params);
     if (!ctx_ || llama_get_memory(ctx_.get()) == nullptr) {
         throw Error(fmt::format("{}: no context of {} tokens with the {} cache: {}", model.path(),
                                 format_count(options_.capacity), kv.name, log.reason("libllama gave no reason")));

@@ -6,6 +6,7 @@
 // depends on. The tokens are random: the speed of these models does not depend on them.
 #pragma once
 
+#include "llm/context.h"
 #include "llm/kv_choice.h"
 #include "llm/model.h"
 
@@ -65,7 +66,7 @@ private:
     const Model& model_;
     DepthOptions options_;
     int threads_ = 0;
-    std::unique_ptr<llama_context, decltype(&llama_free)> ctx_{nullptr, &llama_free};
+    ContextHandle ctx_;
     std::mt19937 random_{1};
     std::vector<uint8_t> tile_;  // state of one
     std::vector<uint8_t> saved_; // state at the depth, where rows cannot be taken back

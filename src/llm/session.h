@@ -104,7 +104,7 @@ private:
 
     const Model& model_;
     SessionOptions options_;
-    std::unique_ptr<llama_context, ContextDeleter> ctx_;
+    ContextHandle ctx_;
     std::vector<Token> cached_;
     int64_t kv_bytes_ = 0;
     int64_t kv_f16_bytes_ = 0;
