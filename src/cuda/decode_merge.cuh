@@ -126,10 +126,7 @@ __device__ __forceinline__ void Attend<D, KB, VB, ROWS, WARPS, TILES>::share_ite
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence(); // with the barriers on both sides: all writes before, all reads after
-        const int before = atomicAdd(a.counters + item, 1);
-        __threadfence();
-        *flag = before;
+        *flag = count_in(a.counters + item); // with the barriers on both sides: all writes before, all reads after
     }
     __syncthreads();
     if (*flag != n - 1) {

