@@ -193,6 +193,27 @@ TEST(CudaPrefill, ManyRandomShapes) {
     }
 }
 
+TEST(CudaPrefill, TokensSplitBetweenBlocks) {
+    TQ_NEED_GPU();
+    for (const int n_blocks : {1, 8, 20, 100, 1000}) {
+        AttentionCase c = prefill_case(50, {4500, 70, 2100, 3});
+        c.n_blocks = n_blocks;
+        c.type = TQ_CUDA_F16;
+        check(c, 8e-4);
+        c.sink_logits = true;
+        c.sinks = 4;
+        c.window = 30;
+        c.conditioned = true;
+        c.mu_blocks = n_blocks % 3;
+        c.small = n_blocks == 100;
+        c.unaligned = n_blocks == 20;
+        check(c, 1e-3);
+        c.softcap = 20;
+        c.sliding_window = 1000; // most parts see nothing
+        check(c, 1e-3);
+    }
+}
+
 TEST(CudaPrefill, ALongerSequenceThanAllowedGivesNotANumber) {
     TQ_NEED_GPU();
     AttentionCase c = prefill_case(20, {300});
@@ -218,6 +239,7 @@ TEST(CudaPrefill, RefusesInWords) {
     EXPECT_EQ(tq_cuda_prefill(&cache, &a, nullptr), TQ_INVALID_ARGUMENT);
     EXPECT_STREQ(tq_cuda_last_error(), "tq_cuda_prefill: max_length 0 is not in 1..2^30");
     a.max_length = 1000;
+    a.n_blocks = 1;
     EXPECT_EQ(tq_cuda_prefill_workspace_bytes(&cache, &a, &least, &all), TQ_OK);
     EXPECT_EQ(least, 1024U * 128 * 2 * 2); // whole tiles of 128 tokens, keys and values in fp16
     EXPECT_EQ(all, least * 2);

@@ -132,7 +132,8 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
  *
  * A query sees a token exactly if it is a sink, or among the latest `window` up to the query and among the latest
  * `ring` of the sequence, which may be fewer than the window before the earliest queries: those see codes.
- * n_blocks is not read; scale must not be negative. */
+ * Where rows are few their tokens are split between blocks, for n_blocks blocks in all (0: as many as the current device
+ * has SMs); the workspace depends on it. scale must not be negative. */
 tq_status tq_cuda_prefill_workspace_bytes(const tq_cuda_cache* cache, const tq_cuda_attention* attention, size_t* least,
                                           size_t* all);
 

@@ -10,13 +10,17 @@ namespace turboquant::cuda {
 namespace {
 
 constexpr int64_t kMostItems = 65535; // of a launch: the grid's second dimension
+constexpr int64_t kMostSplits = 32;   // the merging kernel's warp
 
 struct PrefillPlan {
     int64_t items = 0;
     int64_t query_blocks = 0;
     int64_t code_images = 0;
     int64_t exact_images = 0;
+    int64_t splits = 1;
     size_t image_part = 0; // of item_bytes
+    size_t offset_part = 0;
+    size_t partial_part = 0;
     size_t item_bytes = 0; // of workspace
 };
 
@@ -44,8 +48,26 @@ std::string plan_prefill(const tq_cuda_cache& c, const tq_cuda_attention& a, Pre
     const int64_t latest = c.window > 0 ? std::min<int64_t>(c.ring, int64_t{c.window} + a.q_len - 1) : 0;
     plan.exact_images = whole_tiles(c.sinks + latest);
     plan.image_part = static_cast<size_t>(plan.code_images + plan.exact_images) * image_bytes(c.head_size);
-    const size_t offsets = static_cast<size_t>(rows) * static_cast<size_t>(std::max(c.mu_blocks, 0)) * sizeof(float);
-    plan.item_bytes = plan.image_part + (offsets + 255) / 256 * 256;
+    const auto whole = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
+    plan.offset_part = whole(static_cast<size_t>(rows) * static_cast<size_t>(std::max(c.mu_blocks, 0)) * sizeof(float));
+    // Fewer blocks than the device has room for: a row's tiles are split, eight or more to a part.
+    int64_t room = a.n_blocks;
+    if (room <= 0) {
+        int device = 0;
+        int processors = 0;
+        if (cudaGetDevice(&device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+            return "no CUDA device";
+        }
+        room = processors;
+    }
+    const int64_t tiles = (plan.code_images + plan.exact_images) / (kMostTileTokens / kImageTokens);
+    plan.splits = std::clamp<int64_t>(std::min(room / (plan.items * plan.query_blocks), tiles / 8), 1, kMostSplits);
+    if (plan.splits > 1) {
+        plan.partial_part = whole(static_cast<size_t>(plan.splits) * static_cast<size_t>(rows) *
+                                  static_cast<size_t>(c.head_size + 1) * sizeof(float));
+    }
+    plan.item_bytes = plan.image_part + plan.offset_part + plan.partial_part;
     return {};
 }
 
@@ -152,7 +174,12 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     score_units(c, a, args.scale_log2, args.softcap_log2);
     // As many items at a time as the workspace holds images of.
     const auto fits = static_cast<int64_t>(a.workspace_size / plan.item_bytes);
-    const int64_t step = std::min({fits, kMostItems, (int64_t{1} << 30) / plan.query_blocks, plan.items});
+    const int64_t step =
+        std::min({fits, kMostItems, (int64_t{1} << 30) / (plan.query_blocks * plan.splits), plan.items});
+    auto* const behind = args.images + static_cast<size_t>(step) * (plan.image_part + plan.offset_part);
+    args.splits = static_cast<int32_t>(plan.splits);
+    args.partial = reinterpret_cast<float*>(behind);
+    args.partial_log2 = args.partial + step * plan.splits * a.q_len * args.group * c.head_size;
     OffsetArgs offsets{};
     if (c.mu != nullptr && c.mu_blocks > 0) {
         args.mu = nullptr; // its part of the scores depends on the token

@@ -1,4 +1,4 @@
-// Which flash kernel serves what, and the two launches of a prefill.
+// Which flash kernel serves what, and the launches of a prefill.
 #include "cuda/prefill.h"
 
 namespace turboquant::cuda {
@@ -31,9 +31,10 @@ cudaError_t launch_prefill(const PrefillArgs& args, int head_size, cudaStream_t 
     if (error != cudaSuccess) {
         return error;
     }
-    const auto blocks = static_cast<unsigned>(args.query_blocks * args.items);
+    const auto blocks = static_cast<unsigned>(args.query_blocks * args.items * args.splits);
     flash.kernel<<<blocks, flash.threads, flash.shared_bytes, stream>>>(args);
-    return cudaGetLastError();
+    error = cudaGetLastError();
+    return error != cudaSuccess || args.splits == 1 ? error : launch_splits_merge(args, head_size, stream);
 }
 
 } // namespace turboquant::cuda

@@ -39,6 +39,10 @@ struct PrefillArgs {
     const float* sink_logits;
     uint8_t* images;      // [items of a launch][code_images + exact_images]
     const float* offsets; // of scores, [items of a launch][row][mean]; null: one mean for all positions
+    // Where there are more SMs than blocks a row's tiles are split between blocks: [items of a launch][split][row][channel],
+    // and for each row log2 of its sum.
+    float* partial;
+    float* partial_log2;
     int64_t q_batch, q_query, q_head;
     int64_t out_batch, out_query, out_head;
     int64_t page_table_stride;
@@ -49,6 +53,7 @@ struct PrefillArgs {
     uint32_t group_inverse; // 2^32 / group, rounded up (group > 1): the high word of r times it is r / group, r < 2^28
     int32_t max_length;
     int32_t query_blocks; // of an item
+    int32_t splits;
     int32_t code_images, exact_images;
     int32_t page_size, page_shift;
     int32_t key_bits, value_bits;
@@ -62,10 +67,11 @@ struct PrefillArgs {
     float softcap_log2;
 };
 
-// Both kernels. `items` of args may be fewer than those of the call: then call again with the next first_item.
+// All kernels. `items` of args may be fewer than those of the call: then call again with the next first_item.
 cudaError_t launch_prefill(const PrefillArgs& args, int head_size, cudaStream_t stream);
 
-// The two halves, in files of their own.
+// The parts, in files of their own.
+cudaError_t launch_splits_merge(const PrefillArgs& args, int head_size, cudaStream_t stream);
 cudaError_t launch_images(const PrefillArgs& args, int head_size, cudaStream_t stream);
 struct FlashKernel {
     void (*kernel)(PrefillArgs);

@@ -145,9 +145,10 @@ struct Flash {
 
     const PrefillArgs& a;
     const Extent e;
-    const int item, b, head;
-    int first_row, last_query, first_query;                 // of this block
-    int code_begin, code_tiles, sink_tiles, window_tile, n; // tiles of N tokens
+    const int item, split, b, head;
+    int first_row, last_query, first_query;              // of this block
+    int code_begin, code_tiles, sink_tiles, window_tile; // tiles of N tokens
+    int first_tile, n;                                   // of all tiles, this block's
     uint8_t* queries;
     uint8_t* ring;
     float2* units; // [row]: what scores are multiplied with, and what is added
@@ -159,10 +160,11 @@ struct Flash {
     }
 
     // item_: of the launch.
-    __device__ __forceinline__ Flash(const PrefillArgs& args, uint8_t* shared, int item_, int query_block)
+    __device__ __forceinline__ Flash(const PrefillArgs& args, uint8_t* shared, int item_, int query_block, int split_)
         : a(args),
           e(args, (args.first_item + item_) / args.kv_heads),
           item(item_),
+          split(split_),
           b((args.first_item + item_) / args.kv_heads),
           head((args.first_item + item_) % args.kv_heads) {
         const uint32_t at = shared_address(shared);
@@ -188,7 +190,9 @@ struct Flash {
             window_tile = max(sink_tiles, (e.n_sinks + window_from - e.window_begin) / N);
             window_end = (e.n_sinks + last_end - e.window_begin + N - 1) / N;
         }
-        n = code_tiles + sink_tiles + max(window_end - window_tile, 0);
+        const int all = code_tiles + sink_tiles + max(window_end - window_tile, 0);
+        first_tile = all * split / a.splits;
+        n = all * (split + 1) / a.splits - first_tile;
     }
 
     // Tile j: of codes (its number), or of exact rows (bit-complement of its number).
@@ -215,7 +219,7 @@ struct Flash {
         uint32_t parity = 1; // a ring that nobody has filled counts as read
         for (int j = 0; j < n; ++j) {
             barrier_wait(empty + stage, parity);
-            const int at = tile(j);
+            const int at = tile(first_tile + j);
             const int64_t first = at >= 0 ? int64_t{at} * kImages : int64_t{~at} * kImages + a.code_images;
             copy_begin(full + stage, kStageBytes, lane);
             copy_pieces(full + stage, ring + stage * kStageBytes, images + first * image + offset, kPieceBytes, kPieces,
@@ -538,12 +542,18 @@ struct Flash {
     // What the values' sums of a row are to be multiplied with.
     __device__ __forceinline__ float row_factor(const RowState& state, int row) const {
         float total = quad_sum(state.sum);
-        if (a.sink_logits != nullptr && total > 0) {
+        if ((a.splits > 1 || a.sink_logits != nullptr) && total > 0) {
             // A soft-capped score has its bias in it; without the cap the largest is without.
             const float top = state.largest + (a.softcap_log2 > 0 ? 0.0F : state.bias);
+            if (a.splits > 1) {
+                units[row].x = top + __log2f(total); // for store_row; all lanes of the row write the same
+                return e.too_long ? NAN : kImageUnit * kNorm / total;
+            }
             const int r = first_row + row;
             const float logit = a.sink_logits[head * a.group + r - query_of(r) * a.group];
             total += exp2f(logit * 1.4426950408889634F - top);
+        } else if (a.splits > 1) {
+            units[row].x = -INFINITY;
         }
         return e.too_long ? NAN : total > 0 ? kImageUnit * kNorm / total : 0;
     }
@@ -552,6 +562,20 @@ struct Flash {
         const int r = first_row + row;
         const int query = query_of(r);
         if (query >= a.q_len) {
+            return;
+        }
+        if (a.splits > 1) {
+            const int64_t at = (static_cast<int64_t>(item) * a.splits + split) * (a.group * a.q_len) + r;
+            if (u == 0) {
+                a.partial_log2[at] = units[row].x;
+            }
+#pragma unroll
+            for (int h = 0; h < D / 64; ++h) {
+                const float* const x = y + 8 * h;
+                auto* const to = reinterpret_cast<float4*>(a.partial + at * D + 64 * h + 8 * u);
+                to[0] = {x[0], x[1], x[2], x[3]};
+                to[1] = {x[4], x[5], x[6], x[7]};
+            }
             return;
         }
         const int64_t at =
@@ -648,7 +672,7 @@ struct Flash {
         int before = 0;
         uint32_t parity = 0;
         for (int j = 0; j < n; ++j) {
-            const int at = tile(j);
+            const int at = tile(first_tile + j);
             float offset[2] = {0, 0};
             if (a.offsets != nullptr && at >= 0) {
                 offset[0] = rows[0].offsets[mean_block(at * N, a.mu_blocks)];
@@ -713,8 +737,9 @@ __global__ void __launch_bounds__(flash_threads(WARPGROUPS), 1) flash_kernel(con
         extern __shared__ __align__(16) uint8_t shared[];
         // The last queries see most and begin first.
         const int item = static_cast<int>(blockIdx.x) % args.items;
-        const int query_block = args.query_blocks - 1 - static_cast<int>(blockIdx.x) / args.items;
-        Flash<D, N, STAGES, WARPGROUPS> flash(args, shared, item, query_block);
+        const int part = static_cast<int>(blockIdx.x) / args.items;
+        const int query_block = args.query_blocks - 1 - part / args.splits;
+        Flash<D, N, STAGES, WARPGROUPS> flash(args, shared, item, query_block, part % args.splits);
         const int warp = static_cast<int>(threadIdx.x) / 32;
         const int lane = static_cast<int>(threadIdx.x) % 32;
         if (threadIdx.x == 0) {
