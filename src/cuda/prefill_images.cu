@@ -1,4 +1,5 @@
-// Codes and exact rows to the fp16 images that the flash loop reads. A block: one image, a warp 16 tokens of it.
+// Codes and exact rows to the fp16 images that the flash loop reads. A block: the keys or the values of one image, a warp
+// 16 tokens of them.
 #include "cuda/device.cuh"
 #include "cuda/gpu_layout.h"
 #include "cuda/prefill.h"
@@ -95,8 +96,8 @@ __device__ __forceinline__ void value_codes(const uint8_t* side, int lane, uint3
 }
 
 template <int D>
-__device__ __forceinline__ void code_image(const PrefillArgs& a, const Extent& e, int b, int head, int first,
-                                           uint8_t* keys, uint8_t* values) {
+__device__ __forceinline__ void code_image(const PrefillArgs& a, const Extent& e, int b, int head, int first, int side,
+                                           uint8_t* image) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4;
@@ -111,56 +112,57 @@ __device__ __forceinline__ void code_image(const PrefillArgs& a, const Extent& e
             static_cast<int64_t>(a.tile_bytes);
     const int key_bytes = side_bytes(D, a.key_bits);
     const auto* const scales = reinterpret_cast<const uint2*>(tile + key_bytes + side_bytes(D, a.value_bits));
-    const uint32_t key_scales = scales[g].x;
-    const uint32_t s0 = scales[2 * t].y; // values: token 2t low, 2t + 8 high
+    const int row0 = warp * kTileTokens;
+    if (side == 0) {
+        const uint32_t key_scales = scales[g].x;
+        switch (a.key_bits) {
+        case 2: key_codes<D, 2>(tile, lane, key_scales, row0, image); break;
+        case 3: key_codes<D, 3>(tile, lane, key_scales, row0, image); break;
+        case 4: key_codes<D, 4>(tile, lane, key_scales, row0, image); break;
+        default: key_codes<D, 8>(tile, lane, key_scales, row0, image); break;
+        }
+        return;
+    }
+    const uint32_t s0 = scales[2 * t].y; // token 2t low, 2t + 8 high
     const uint32_t s1 = scales[2 * t + 1].y;
     const uint32_t early = prmt(s0, s1, 0x5410U);
     const uint32_t late = prmt(s0, s1, 0x7632U);
-    const int row0 = warp * kTileTokens;
-    switch (a.key_bits) {
-    case 2: key_codes<D, 2>(tile, lane, key_scales, row0, keys); break;
-    case 3: key_codes<D, 3>(tile, lane, key_scales, row0, keys); break;
-    case 4: key_codes<D, 4>(tile, lane, key_scales, row0, keys); break;
-    default: key_codes<D, 8>(tile, lane, key_scales, row0, keys); break;
-    }
-    const uint8_t* const side = tile + key_bytes;
     switch (a.value_bits) {
-    case 2: value_codes<D, 2>(side, lane, early, late, row0, values); break;
-    case 3: value_codes<D, 3>(side, lane, early, late, row0, values); break;
-    case 4: value_codes<D, 4>(side, lane, early, late, row0, values); break;
-    default: value_codes<D, 8>(side, lane, early, late, row0, values); break;
+    case 2: value_codes<D, 2>(tile + key_bytes, lane, early, late, row0, image); break;
+    case 3: value_codes<D, 3>(tile + key_bytes, lane, early, late, row0, image); break;
+    case 4: value_codes<D, 4>(tile + key_bytes, lane, early, late, row0, image); break;
+    default: value_codes<D, 8>(tile + key_bytes, lane, early, late, row0, image); break;
     }
 }
 
 template <int D>
-__device__ __forceinline__ void exact_image(const PrefillArgs& a, const Extent& e, int b, int head, int first,
-                                            uint8_t* keys, uint8_t* values) {
+__device__ __forceinline__ void exact_image(const PrefillArgs& a, const Extent& e, int b, int head, int first, int side,
+                                            uint8_t* image) {
     const int64_t slot = static_cast<int64_t>(a.sequence_slots[b]) * (a.sinks + a.ring);
+    const uint16_t* const rows = side == 0 ? a.exact_keys : a.exact_values;
     const __half2 unit = __float2half2_rn(1 / kImageUnit);
     for (int at = static_cast<int>(threadIdx.x); at < kImageTokens * D / 8; at += kImageThreads) {
         const int row = at % kImageTokens; // neighbours write neighbouring tokens of the values
         const int chunk = at / kImageTokens;
-        uint4 key{};
-        uint4 value{};
+        uint4 eight{};
         if (first + row < e.n_exact) {
             const int p = e.position(first + row);
             const int entry = p < a.sinks ? p : a.sinks + (p - a.sinks) % a.ring;
-            const int64_t from = ((slot + entry) * a.kv_heads + head) * D + chunk * 8;
-            key = *reinterpret_cast<const uint4*>(a.exact_keys + from);
-            value = *reinterpret_cast<const uint4*>(a.exact_values + from);
+            eight = *reinterpret_cast<const uint4*>(rows + ((slot + entry) * a.kv_heads + head) * D + chunk * 8);
         }
-        auto* const k = reinterpret_cast<__half2*>(&key);
-        auto* const v = reinterpret_cast<__half2*>(&value);
+        auto* const x = reinterpret_cast<__half2*>(&eight);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            k[i] = __hmul2(k[i], unit);
-            v[i] = __hmul2(v[i], unit);
+            x[i] = __hmul2(x[i], unit);
         }
-        *reinterpret_cast<uint4*>(keys + chunk / 8 * (kImageTokens * 128) + swizzled(row, chunk % 8)) = key;
+        if (side == 0) {
+            *reinterpret_cast<uint4*>(image + chunk / 8 * (kImageTokens * 128) + swizzled(row, chunk % 8)) = eight;
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            *reinterpret_cast<__half*>(values + swizzled(chunk * 8 + i, row / 8) + row % 8 * 2) =
-                i % 2 == 0 ? __low2half(v[i / 2]) : __high2half(v[i / 2]);
+            *reinterpret_cast<__half*>(image + swizzled(chunk * 8 + i, row / 8) + row % 8 * 2) =
+                i % 2 == 0 ? __low2half(x[i / 2]) : __high2half(x[i / 2]);
         }
     }
 }
@@ -182,15 +184,16 @@ __global__ void __launch_bounds__(kImageThreads) images_kernel(const __grid_cons
     if (tile >= end || tile + kMostTileTokens <= begin) {
         return;
     }
+    const int side = static_cast<int>(blockIdx.z);
     if (exact) {
-        exact_image<D>(a, e, b, head, first, image, image + D * 128);
+        exact_image<D>(a, e, b, head, first, side, image);
     } else {
-        code_image<D>(a, e, b, head, first, image, image + D * 128);
+        code_image<D>(a, e, b, head, first, side, image);
     }
     __syncthreads();
-    constexpr int kBytes = 2 * D * 128;
+    constexpr int kBytes = D * 128;
     const int64_t at = static_cast<int64_t>(blockIdx.y) * (a.code_images + a.exact_images) + index;
-    auto* const to = reinterpret_cast<uint4*>(a.images + at * kBytes);
+    auto* const to = reinterpret_cast<uint4*>(a.images + (2 * at + side) * kBytes);
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < kBytes / 16; i += kImageThreads) {
         to[i] = reinterpret_cast<const uint4*>(image)[i];
@@ -199,13 +202,13 @@ __global__ void __launch_bounds__(kImageThreads) images_kernel(const __grid_cons
 
 template <int D>
 cudaError_t launch(const PrefillArgs& args, cudaStream_t stream) {
-    constexpr int kBytes = 2 * D * 128;
+    constexpr int kBytes = D * 128;
     const cudaError_t error =
         cudaFuncSetAttribute(images_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) {
         return error;
     }
-    const dim3 grid(static_cast<unsigned>(args.code_images + args.exact_images), static_cast<unsigned>(args.items));
+    const dim3 grid(static_cast<unsigned>(args.code_images + args.exact_images), static_cast<unsigned>(args.items), 2);
     images_kernel<D><<<grid, kImageThreads, kBytes, stream>>>(args);
     return cudaGetLastError();
 }
