@@ -75,7 +75,8 @@ typedef struct tq_cuda_write {
     int64_t n;
     const int64_t* slots;      /* device, [n]; negative: the row is left out */
     const int64_t* exact_rows; /* device, [n], or null: sequence slot * (sinks + ring) + entry; negative: none */
-    const int64_t* positions;  /* device, [n], where the cache has mu_blocks: of each row in its sequence; else not read */
+    const int64_t*
+        positions; /* device, [n], where the cache has mu_blocks: of each row in its sequence; else not read */
 } tq_cuda_write;
 tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write, void* stream);
 
@@ -85,8 +86,8 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
  * rows:   [2][n][kv_heads][head_size] of `type`, decoded; null if not wanted. rotated != 0: in the rotated basis,
  *         conditioning not undone.
  * positions: device, [n]: as they were written; needed for plain rows of a cache with mu_blocks, else null or not read. */
-tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, const int64_t* positions, int64_t n, void* codes,
-                       void* scales, void* rows, int32_t type, int32_t rotated, void* stream);
+tq_status tq_cuda_read(const tq_cuda_cache* cache, const int64_t* slots, const int64_t* positions, int64_t n,
+                       void* codes, void* scales, void* rows, int32_t type, int32_t rotated, void* stream);
 
 /* ---- attention ------------------------------------------------------------------------------------------------- */
 
@@ -111,7 +112,8 @@ typedef struct tq_cuda_attention {
     int32_t not_causal;            /* 0: query i sees tokens 0 .. length - q_len + i. 1: every query sees all */
     int32_t sliding_window;        /* > 0: only the latest so many tokens up to the query's own */
     const float* sink_logits;      /* device, [heads], or null: one more logit that takes probability, gives nothing */
-    void* workspace; /* device, 256-byte aligned. tq_cuda_attend: zeroed once before its first use, kept by later calls */
+    void*
+        workspace; /* device, 256-byte aligned. tq_cuda_attend: zeroed once before its first use, kept by later calls */
     size_t workspace_size;
     int32_t
         n_blocks; /* thread blocks; 0: what fills the current device. Fix it for a captured plan on another device */
