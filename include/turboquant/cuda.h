@@ -75,8 +75,7 @@ typedef struct tq_cuda_write {
     int64_t n;
     const int64_t* slots;      /* device, [n]; negative: the row is left out */
     const int64_t* exact_rows; /* device, [n], or null: sequence slot * (sinks + ring) + entry; negative: none */
-    const int64_t*
-        positions; /* device, [n], where the cache has mu_blocks: of each row in its sequence; else not read */
+    const int64_t* positions;  /* device, [n], of each row in its sequence; not read without mu_blocks */
 } tq_cuda_write;
 tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write, void* stream);
 

@@ -39,7 +39,9 @@ class PagedCache:
 
     Slot s is token s % page_size of page s // page_size. With `sinks` or `window`, `sequences` sequences keep their
     first `sinks` and latest `window` tokens exact besides (float16, in the rotated basis); `q_len` is the longest query
-    that `attend` will get.
+    that `attend` will get (`prefill` takes longer ones: queries whose window has left the ring see codes there).
+    mu [kv_heads, head_size] or, for every 256 positions, [blocks, kv_heads, head_size] is taken off keys, lambda_
+    [kv_heads, head_size] multiplies them (docs/cuda.md).
     """
 
     def __init__(self, n_pages, kv_heads, head_size, key_bits=4, value_bits=4, page_size=64, *, device="cuda",
