@@ -12,6 +12,19 @@
 
 namespace turboquant {
 
+// Rows [begin, end) of a call.
+struct RowRange {
+    int64_t begin = 0;
+    int64_t end = 0;
+};
+
+// A row that the caller keeps exact, outside of the stores: fp16 [kv_head][channel] each.
+struct GivenRow {
+    int64_t row = 0;
+    const uint16_t* key = nullptr;
+    const uint16_t* value = nullptr;
+};
+
 // One attention call. Strides are in elements. Pointers are borrowed for the call.
 struct AttentionCall {
     const float* q = nullptr; // (query i, head h, channel c) at q[i*q_query_stride + h*q_head_stride + c]
@@ -24,6 +37,22 @@ struct AttentionCall {
                         // they count as zero codes, that is zeros, or mu where there is one
     const uint16_t* mask = nullptr; // fp16, added to the scores; (query i, row r) at mask[i*mask_query_stride + r];
     int64_t mask_query_stride = 0;  // -inf hides. Null: every row is seen.
+
+    // What query i sees at most, besides the mask: rows ranges[i], cut to [0, n_rows). Null: every row.
+    const RowRange* ranges = nullptr;
+
+    // Stores whose tiles are handed out as pages: row r of this call (in n_rows, mask, ranges and given) is row r % 64 of
+    // the stores' tile tiles[r / 64]. Null: rows are where they are called. With tiles, n_rows may exceed the stores' rows
+    // (a tile may come twice), and the stores must not keep exact rows of their own.
+    const int32_t* tiles = nullptr;
+
+    // Exact rows for stores that keep none (window and sink slots 0), ascending by row, each once. A given row is exact
+    // for query i if it is among the first `given_sinks`, or the latest `given_window` before ranges[i].end (which must be
+    // set); otherwise its codes count.
+    const GivenRow* given = nullptr;
+    int64_t n_given = 0;
+    int64_t given_sinks = 0;
+    int64_t given_window = 0;
 
     float scale = 1;
     float softcap = 0;  // > 0: score = softcap * tanh(score / softcap), before the mask

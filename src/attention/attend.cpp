@@ -63,6 +63,7 @@ public:
         }
         for (int64_t i = 0; i < n_tiles; ++i) {
             const int64_t tile = tiles[i];
+            stored_tile_ = call_.tiles != nullptr ? call_.tiles[tile] : tile;
             look(tile);
             score(tile);
             if (weigh()) {
@@ -156,6 +157,7 @@ private:
     const int n_queries_;
     int n_exact_ = 0;         // rows in exact_rows
     bool seen_known_ = false; // s_.seen is of this tile
+    int64_t stored_tile_ = 0; // where the stores have the tile at hand
 };
 
 void Task::load_queries() {
@@ -223,6 +225,11 @@ void Task::look(int64_t tile) {
                 kernels_.half_to_float(call_.mask + (first_query_ + i) * call_.mask_query_stride + row, bias, valid);
             }
             std::fill(bias + valid, bias + kTileRows, -kInfinity);
+            if (call_.ranges != nullptr) {
+                const RowRange& range = call_.ranges[first_query_ + i];
+                std::fill(bias, bias + std::clamp<int64_t>(range.begin - row, 0, valid), -kInfinity);
+                std::fill(bias + std::clamp<int64_t>(range.end - row, 0, valid), bias + valid, -kInfinity);
+            }
         }
     }
 }
@@ -266,8 +273,8 @@ void Task::add_turning_means(int64_t tile) {
     const int d = v.shape.head_size;
     const size_t at = static_cast<size_t>(kv_head_) * static_cast<size_t>(d);
     const std::vector<float>& lambda = v.conditioner.conditioning().lambda;
-    const int64_t first = tile * kTileRows;
-    const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - first));
+    const int64_t first = stored_tile_ * kTileRows;
+    const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - tile * kTileRows));
     float* mean = s_.vector;
     for (int r = 0; r < valid; ++r) {
         if (r == 0 || v.row_entry(first + r) != v.row_entry(first + r - 1)) {
@@ -287,7 +294,7 @@ void Task::load_value_tile(int64_t tile) {
     if (plan_.keyed_values) {
         const float* keys = s_.key_tile;
         if (!plan_.shared_tile) {
-            load_key_tile(v, work_.value_tables, tile, s_.keyed_value_tile);
+            load_key_tile(v, work_.value_tables, stored_tile_, s_.keyed_value_tile);
             keys = s_.keyed_value_tile;
         }
         kernels_.transpose(keys, plan_.sum_size, kTileRows, kTileRows, s_.value_tile, ld);
@@ -299,11 +306,11 @@ void Task::load_value_tile(int64_t tile) {
     const int d = v.shape.head_size;
     if (v.book != nullptr) {
         const int bytes_ld = round_up(d, 16);
-        kernels_.unpack_value(v.tile, v.tile_codes(kv_head_, tile), s_.bytes, bytes_ld);
+        kernels_.unpack_value(v.tile, v.tile_codes(kv_head_, stored_tile_), s_.bytes, bytes_ld);
         int b = 0;
         for (const RotationBlock& block : v.rotation.blocks()) {
             if (block.offset < plan_.sum_size) {
-                load_scales(v, tile, b);
+                load_scales(v, stored_tile_, b);
                 kernels_.expand_value(s_.bytes + block.offset, block.size, bytes_ld, work_.value_tables.level, s_.scale,
                                       s_.value_tile + block.offset, ld);
             }
@@ -311,8 +318,9 @@ void Task::load_value_tile(int64_t tile) {
         }
         return;
     }
-    const size_t first = (static_cast<size_t>(kv_head_) * static_cast<size_t>(v.n_tiles) + static_cast<size_t>(tile)) *
-                         kTileRows * static_cast<size_t>(d);
+    const size_t first =
+        (static_cast<size_t>(kv_head_) * static_cast<size_t>(v.n_tiles) + static_cast<size_t>(stored_tile_)) *
+        kTileRows * static_cast<size_t>(d);
     for (int r = 0; r < kTileRows; ++r) {
         const size_t at = first + static_cast<size_t>(r) * static_cast<size_t>(d);
         float* row = s_.value_tile + static_cast<int64_t>(r) * ld;
@@ -365,7 +373,7 @@ bool Task::find_exact(const ExactRows& rows, int64_t tile, int head_size) {
 void Task::set_means(int64_t tile) {
     const Conditioner& conditioner = plan_.k->conditioner;
     const int n = 2 * conditioner.n_pairs();
-    const uint16_t* entries = plan_.k->tile_entries(tile);
+    const uint16_t* entries = plan_.k->tile_entries(stored_tile_);
     const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - tile * kTileRows));
     // Each like its neighbour: all alike.
     const bool alike = std::memcmp(entries, entries + 1, static_cast<size_t>(valid - 1) * sizeof(uint16_t)) == 0;
@@ -438,14 +446,14 @@ void Task::score(int64_t tile) {
     } else if (plan_.int_keys) {
         for_seeing_runs([&](int first, int n) {
             for_portions(first, n, [&](int m, int heads) {
-                kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, tile),
-                                    k.tile_scales(kv_head_, tile),
+                kernels_.int_scores(k.tile, work_.key_tables, k.tile_codes(kv_head_, stored_tile_),
+                                    k.tile_scales(kv_head_, stored_tile_),
                                     s_.query_words + static_cast<int64_t>(m) * s_.query_words_ld, s_.query_words_ld,
                                     s_.query_mul + m, s_.query_sum + m, heads, s_.scores + m * kTileRows);
             });
         });
     } else {
-        load_key_tile(k, work_.key_tables, tile, s_.key_tile);
+        load_key_tile(k, work_.key_tables, stored_tile_, s_.key_tile);
         for_seeing_runs([&](int first, int n) {
             kernels_.gemm(s_.query + static_cast<int64_t>(first) * plan_.key_size, plan_.key_size, s_.key_tile,
                           kTileRows, s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
@@ -536,11 +544,11 @@ void Task::add_values(int64_t tile) {
         for_live_runs([&](int first, int n) {
             for (int m = first; m < first + n; ++m) {
                 s_.rescale[m] = sums_.row[m].rescale;
-                kernels_.quantise_weights(s_.scores + m * kTileRows, v.tile_scales(kv_head_, tile),
+                kernels_.quantise_weights(s_.scores + m * kTileRows, v.tile_scales(kv_head_, stored_tile_),
                                           s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m);
             }
             for_portions(first, n, [&](int m, int heads) {
-                kernels_.int_values(v.tile, work_.value_tables, v.tile_codes(kv_head_, tile),
+                kernels_.int_values(v.tile, work_.value_tables, v.tile_codes(kv_head_, stored_tile_),
                                     s_.weight_words + m * (kTileRows / 4), s_.weight_mul + m, s_.weight_sum + m,
                                     s_.rescale + m, heads, sums_.coded + static_cast<int64_t>(m) * ld, ld);
             });
@@ -718,10 +726,10 @@ Status attend(const Store& k, const Store& v, const AttentionCall& call, Attenti
         if (call.n_queries == 0) {
             return {};
         }
-        if (Status s = work.exact_keys.collect(k, call.k_staging, call, "key"); !s.ok()) {
+        if (Status s = work.exact_keys.collect(k, call.k_staging, call, Side::key); !s.ok()) {
             return s;
         }
-        if (Status s = work.exact_values.collect(v, call.v_staging, call, "value"); !s.ok()) {
+        if (Status s = work.exact_values.collect(v, call.v_staging, call, Side::value); !s.ok()) {
             return s;
         }
         work.visibility.collect(call, plan.group, plan.chunk, plan.n_chunks, parallel);

@@ -4,11 +4,29 @@
 
 namespace turboquant::attention {
 
-Status ExactRows::collect(const Store& store, const Staging* staging, const AttentionCall& call, const char* side) {
+// A row's age is its place: a query sees exact the `given_window` rows before its range ends.
+void ExactRows::take_given(const AttentionCall& call, bool keys) {
+    window_ = static_cast<uint64_t>(call.given_window);
+    for (int64_t i = 0; i < call.n_given; ++i) {
+        const GivenRow& r = call.given[i];
+        rows_.push_back({r.row, static_cast<uint64_t>(r.row), r.row < call.given_sinks, keys ? r.key : r.value});
+    }
+    given_ages_.resize(static_cast<size_t>(call.n_queries));
+    for (int64_t i = 0; i < call.n_queries; ++i) { // an empty range wraps to an age that no row is near
+        given_ages_[static_cast<size_t>(i)] = static_cast<uint64_t>(call.ranges[i].end) - 1;
+    }
+    query_ages_ = given_ages_.data();
+}
+
+Status ExactRows::collect(const Store& store, const Staging* staging, const AttentionCall& call, Side role) {
     const Store::Impl& s = store.impl();
     rows_.clear();
     query_ages_ = nullptr;
     window_ = static_cast<uint64_t>(s.ring_rows);
+    if (call.n_given > 0) {
+        take_given(call, role == Side::key);
+        return {};
+    }
     if (s.n_slots == 0) {
         return {};
     }
@@ -20,8 +38,9 @@ Status ExactRows::collect(const Store& store, const Staging* staging, const Atte
         const int64_t batch = staging->size() - staging->batch_begin;
         if (call.staging_offset < 0 || call.staging_offset > batch - call.n_queries) {
             return invalid("attention: queries " + std::to_string(call.staging_offset) + ".." +
-                           std::to_string(call.staging_offset + call.n_queries) + " of a " + side + " batch of " +
-                           std::to_string(batch) + " rows; pass the batch that the queries' rows were written in");
+                           std::to_string(call.staging_offset + call.n_queries) + " of a " +
+                           (role == Side::key ? "key" : "value") + " batch of " + std::to_string(batch) +
+                           " rows; pass the batch that the queries' rows were written in");
         }
         query_ages_ = staging->age.data() + staging->batch_begin + call.staging_offset;
     }

@@ -19,9 +19,9 @@ struct ExactRow {
 // The rows that are exact for at least one query of a call, in order of their index. Reused between calls.
 class ExactRows {
 public:
-    // Errors: a staging offset outside the batch. A staging that is not the store's, or older than its last write,
+    // role: whether these are the call's keys or its values. Errors: a staging offset outside the batch. A staging that is not the store's, or older than its last write,
     // counts as none. May throw bad_alloc.
-    Status collect(const Store& store, const Staging* staging, const AttentionCall& call, const char* side);
+    Status collect(const Store& store, const Staging* staging, const AttentionCall& call, Side role);
 
     bool empty() const { return rows_.empty(); }
     size_t size() const { return rows_.size(); }
@@ -37,7 +37,10 @@ private:
     bool in_window(uint64_t age, uint64_t query_age) const { return query_age - age < window_; }
 
     std::vector<ExactRow> rows_;
+    void take_given(const AttentionCall& call, bool keys);
+
     const uint64_t* query_ages_ = nullptr; // of each query's own row; null without staging
+    std::vector<uint64_t> given_ages_;     // these, for the rows that a call gives
     uint64_t window_ = 0;
 };
 

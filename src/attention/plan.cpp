@@ -22,6 +22,36 @@ bool has_int_kernels(const Store::Impl& s, Side side) {
            s.shape.head_size <= kMaxIntHead;
 }
 
+// Tiles in any order, and exact rows that the caller keeps.
+Status check_paging(const Store& k, const Store& v, const AttentionCall& call) {
+    const bool own_rows = k.impl().n_slots > 0 || v.impl().n_slots > 0;
+    if (own_rows && (call.tiles != nullptr || call.n_given > 0)) {
+        return invalid("attention: the stores keep exact rows of their own; tiles and given rows need stores without");
+    }
+    const int64_t n_tiles = k.impl().n_tiles;
+    for (int64_t t = 0; call.tiles != nullptr && t * kTileRows < call.n_rows; ++t) {
+        if (call.tiles[t] < 0 || call.tiles[t] >= n_tiles) {
+            return invalid("attention: tiles[" + std::to_string(t) + "] is " + std::to_string(call.tiles[t]) +
+                           ", outside the stores' " + std::to_string(n_tiles));
+        }
+    }
+    if (call.n_given < 0 || (call.n_given > 0 && (call.given == nullptr || call.ranges == nullptr)) ||
+        call.given_sinks < 0 || call.given_window < 0) {
+        return invalid("attention: " + std::to_string(call.n_given) + " given rows with given " +
+                       (call.given == nullptr ? "null" : "set") + " and ranges " +
+                       (call.ranges == nullptr ? "null" : "set") + "; both must be set, and no count negative");
+    }
+    for (int64_t i = 0; i < call.n_given; ++i) {
+        if (call.given[i].row < 0 || call.given[i].row >= call.n_rows || call.given[i].key == nullptr ||
+            call.given[i].value == nullptr || (i > 0 && call.given[i].row <= call.given[i - 1].row)) {
+            return invalid("attention: given[" + std::to_string(i) + "] is row " + std::to_string(call.given[i].row) +
+                           " of " + std::to_string(call.n_rows) +
+                           "; given rows must ascend, lie among them and have a key and a value");
+        }
+    }
+    return {};
+}
+
 } // namespace
 
 float alibi_slope(int head, int n_heads, float max_bias) {
@@ -49,7 +79,10 @@ Status check_call(const Store& k, const Store& v, const AttentionCall& call) {
         return invalid("attention: " + std::to_string(call.n_heads) + " query heads over " +
                        std::to_string(ks.kv_heads) + " KV heads; the former must be a multiple of the latter");
     }
-    if (call.n_rows < 0 || call.n_rows > ks.rows) {
+    if (Status s = check_paging(k, v, call); !s.ok()) {
+        return s;
+    }
+    if (call.n_rows < 0 || (call.tiles == nullptr && call.n_rows > ks.rows)) {
         return invalid("attention: " + std::to_string(call.n_rows) + " rows asked of a store of " +
                        std::to_string(ks.rows));
     }

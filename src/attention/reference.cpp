@@ -57,9 +57,16 @@ std::vector<double> decode_row(const Store::Impl& s, int kv_head, int64_t row) {
 }
 
 // The fp16 values of the row (all heads) where it is exact for the query, else null: attention.h says when.
-const uint16_t* find_exact(const Store& store, const Staging* staging, const AttentionCall& call, int64_t query,
-                           int64_t row) {
+const uint16_t* find_exact(const Store& store, const Staging* staging, const AttentionCall& call, Side role,
+                           int64_t query, int64_t row) {
     const Store::Impl& s = store.impl();
+    for (int64_t i = 0; i < call.n_given; ++i) {
+        const GivenRow& given = call.given[i];
+        const int64_t end = call.ranges[query].end;
+        if (given.row == row && (row < call.given_sinks || (row < end && row >= end - call.given_window))) {
+            return role == Side::key ? given.key : given.value;
+        }
+    }
     const bool staged = staging != nullptr && staging->owner == &store && staging->batch_begin < staging->size() &&
                         staging->age.back() == s.clock;
     const uint16_t* raw = nullptr;
@@ -98,17 +105,18 @@ std::vector<double> plain_row(const uint16_t* raw, int kv_head, int head_size) {
     return x;
 }
 
-Rows decode_rows(const Store::Impl& s, int kv_head, int64_t n) {
+Rows decode_rows(const Store::Impl& s, int kv_head, const AttentionCall& call) {
     Rows rows;
-    for (int64_t r = 0; r < n; ++r) {
-        rows.push_back(decode_row(s, kv_head, r));
+    for (int64_t r = 0; r < call.n_rows; ++r) {
+        const int64_t tile = call.tiles != nullptr ? call.tiles[r / kTileRows] : r / kTileRows;
+        rows.push_back(decode_row(s, kv_head, tile * kTileRows + r % kTileRows));
     }
     return rows;
 }
 
-Status check_staging(const Store& store, const Staging* staging, const AttentionCall& call, const char* side) {
+Status check_staging(const Store& store, const Staging* staging, const AttentionCall& call, Side role) {
     attention::ExactRows rows;
-    return rows.collect(store, staging, call, side);
+    return rows.collect(store, staging, call, role);
 }
 
 // One query head over all rows; keys and values as this query sees them.
@@ -131,6 +139,10 @@ void attend_one(const Rows& keys, const Rows& values, const AttentionCall& call,
         }
         if (call.mask != nullptr) {
             s += slope * from_half(call.mask[query * call.mask_query_stride + static_cast<int64_t>(r)]);
+        }
+        if (call.ranges != nullptr &&
+            (static_cast<int64_t>(r) < call.ranges[query].begin || static_cast<int64_t>(r) >= call.ranges[query].end)) {
+            s = -infinity;
         }
         score[r] = s;
         top = std::max(top, s);
@@ -161,25 +173,25 @@ Status attend_reference(const Store& k, const Store& v, const AttentionCall& cal
     if (Status s = attention::check_call(k, v, call); !s.ok()) {
         return s;
     }
-    if (Status s = check_staging(k, call.k_staging, call, "key"); !s.ok()) {
+    if (Status s = check_staging(k, call.k_staging, call, Side::key); !s.ok()) {
         return s;
     }
-    if (Status s = check_staging(v, call.v_staging, call, "value"); !s.ok()) {
+    if (Status s = check_staging(v, call.v_staging, call, Side::value); !s.ok()) {
         return s;
     }
     const int group = call.n_heads / k.shape().kv_heads;
     const int value_size = call.value_size > 0 ? call.value_size : v.shape().head_size;
     for (int kv_head = 0; kv_head < k.shape().kv_heads; ++kv_head) {
-        const Rows coded_keys = decode_rows(k.impl(), kv_head, call.n_rows);
-        const Rows coded_values = decode_rows(v.impl(), kv_head, call.n_rows);
+        const Rows coded_keys = decode_rows(k.impl(), kv_head, call);
+        const Rows coded_values = decode_rows(v.impl(), kv_head, call);
         for (int64_t i = 0; i < call.n_queries; ++i) {
             Rows keys = coded_keys;
             Rows values = coded_values;
             for (int64_t r = 0; r < call.n_rows; ++r) {
-                if (const uint16_t* raw = find_exact(k, call.k_staging, call, i, r)) {
+                if (const uint16_t* raw = find_exact(k, call.k_staging, call, Side::key, i, r)) {
                     keys[static_cast<size_t>(r)] = plain_row(raw, kv_head, k.shape().head_size);
                 }
-                if (const uint16_t* raw = find_exact(v, call.v_staging, call, i, r)) {
+                if (const uint16_t* raw = find_exact(v, call.v_staging, call, Side::value, i, r)) {
                     values[static_cast<size_t>(r)] = plain_row(raw, kv_head, v.shape().head_size);
                 }
             }

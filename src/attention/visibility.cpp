@@ -30,16 +30,25 @@ void Visibility::collect(const AttentionCall& call, int group, int64_t chunk, in
         for (int64_t tile = 0; tile < n_tiles_; ++tile) {
             const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call.n_rows - tile * kTileRows));
             Sight sight = Sight::clear;
-            if (call.mask != nullptr) {
-                sight = sight_of(call.mask + query * call.mask_query_stride + tile * kTileRows, valid);
+            int begin = 0;
+            int end = valid;
+            if (call.ranges != nullptr) {
+                const RowRange& range = call.ranges[query];
+                begin = static_cast<int>(std::clamp<int64_t>(range.begin - tile * kTileRows, 0, valid));
+                end = static_cast<int>(std::clamp<int64_t>(range.end - tile * kTileRows, 0, valid));
             }
-            if (valid < kTileRows && sight == Sight::clear) {
-                sight = Sight::mixed; // the rows behind the last one are to be hidden
+            if (begin >= end) {
+                sight = Sight::hidden;
+            } else if (call.mask != nullptr) {
+                sight = sight_of(call.mask + query * call.mask_query_stride + tile * kTileRows + begin, end - begin);
+            }
+            if (end - begin < kTileRows && sight == Sight::clear) {
+                sight = Sight::mixed; // the rows outside are to be hidden
             }
             sights_[static_cast<size_t>(query * n_tiles_ + tile)] = sight;
         }
     };
-    if (call.n_queries * call.n_rows <= kSerialRows) {
+    if (call.mask == nullptr || call.n_queries * call.n_rows <= kSerialRows) {
         for (int64_t query = 0; query < call.n_queries; ++query) {
             read(query);
         }
