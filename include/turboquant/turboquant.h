@@ -107,6 +107,16 @@ typedef struct tq_parallel {
     int32_t n_workers;
 } tq_parallel;
 
+/* An OpenMP runtime that is in the process already (PyTorch's, say): its GOMP_parallel, which GNU's, LLVM's and Intel's
+ * runtimes export, and how many of its threads to use. */
+typedef struct tq_openmp {
+    void (*parallel)(void (*body)(void*), void* data, unsigned n_threads, unsigned flags);
+    int32_t n_threads;
+} tq_openmp;
+
+/* *parallel lends those threads. *openmp stays the caller's and must outlive *parallel. */
+tq_status tq_openmp_threads(const tq_openmp* openmp, tq_parallel* parallel);
+
 /* out = softmax(scale * q K^T + mask) V. Strides count elements. */
 typedef struct tq_attention {
     size_t struct_size;

@@ -1,21 +1,15 @@
 // The C interface over the C++ one: arguments checked, exceptions and messages turned into codes.
 #include "turboquant/turboquant.h"
 
-#include "turboquant/attention.h"
+#include "capi/guard.h"
 #include "turboquant/store.h"
 
 #include <algorithm>
-#include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 
 struct tq_store {
     std::unique_ptr<turboquant::Store> store;
-};
-struct tq_workspace {
-    turboquant::AttentionWorkspace workspace;
 };
 struct tq_batch {
     turboquant::Staging staging;
@@ -23,62 +17,9 @@ struct tq_batch {
 
 namespace {
 
+using namespace turboquant::capi;
 using turboquant::invalid;
 using turboquant::Status;
-using turboquant::StatusCode;
-
-// A fixed buffer: telling of a failure must not fail for lack of memory.
-thread_local char last_error[512] = "";
-
-tq_status failed(tq_status code, const char* message) noexcept {
-    std::strncpy(last_error, message, sizeof last_error - 1);
-    return code;
-}
-
-tq_status report(const Status& s) noexcept {
-    switch (s.code()) {
-    case StatusCode::ok: return TQ_OK;
-    case StatusCode::invalid_argument: return failed(TQ_INVALID_ARGUMENT, s.message().c_str());
-    case StatusCode::out_of_memory: return failed(TQ_OUT_OF_MEMORY, s.message().c_str());
-    case StatusCode::unsupported: return failed(TQ_UNSUPPORTED, s.message().c_str());
-    case StatusCode::internal: break;
-    }
-    return failed(TQ_INTERNAL, s.message().c_str());
-}
-
-// body() -> Status, with every exception turned into one.
-template <class Body>
-tq_status guarded(Body&& body) noexcept {
-    try {
-        return report(body());
-    } catch (const std::bad_alloc&) {
-        return failed(TQ_OUT_OF_MEMORY, "turboquant: out of memory");
-    } catch (const std::exception& e) {
-        return failed(TQ_INTERNAL, e.what());
-    } catch (...) {
-        return failed(TQ_INTERNAL, "turboquant: unknown exception");
-    }
-}
-
-Status null_argument(const char* function, const char* argument) {
-    return invalid(std::string(function) + ": " + argument + " is null");
-}
-
-// A caller's struct, which may be older (shorter) than ours: what it lacks is zero.
-template <class T>
-Status copy_struct(const T* in, const char* name, T& out) {
-    if (in == nullptr) {
-        return invalid(std::string(name) + ": null pointer");
-    }
-    if (in->struct_size < sizeof(size_t) || in->struct_size > sizeof(T)) {
-        return invalid(std::string(name) + ": struct_size " + std::to_string(in->struct_size) +
-                       " where this library has " + std::to_string(sizeof(T)) +
-                       "; zero the struct and set struct_size to its sizeof");
-    }
-    out = {};
-    std::memcpy(&out, in, in->struct_size);
-    return {};
-}
 
 struct Options {
     turboquant::StoreShape shape;
@@ -124,7 +65,7 @@ const char* tq_version(void) {
 }
 
 const char* tq_last_error(void) {
-    return last_error;
+    return last_error();
 }
 
 tq_status tq_store_bytes(const tq_store_options* options, size_t* bytes) {
@@ -280,7 +221,6 @@ tq_status tq_attend(const tq_store* keys, const tq_store* values, const tq_atten
         a.v_staging = c.value_batch == nullptr ? nullptr : &c.value_batch->staging;
         a.staging_offset = c.batch_offset;
         a.value_size = c.value_size;
-        const turboquant::ParallelFor parallel{c.parallel.run, c.parallel.context, std::max(1, c.parallel.n_workers)};
-        return turboquant::attend(*keys->store, *values->store, a, workspace->workspace, parallel, isa);
+        return turboquant::attend(*keys->store, *values->store, a, workspace->workspace, parallel_for(c.parallel), isa);
     });
 }
