@@ -11,6 +11,7 @@ set(TURBOQUANT_ENV_SMOLLM2 "")   # models
 set(TURBOQUANT_ENV_GEMMA "")
 set(TURBOQUANT_ENV_LLAMA_SERVER "")
 set(TURBOQUANT_ENV_OPENAI_PYTHON "") # has the openai client
+set(TURBOQUANT_ENV_TORCH_PYTHON "")  # has PyTorch
 if(TURBOQUANT_ENV AND EXISTS "${TURBOQUANT_ENV}")
     include("${TURBOQUANT_ENV}") # ninja configures anew when it changes
 endif()
@@ -31,7 +32,7 @@ endif()
 # Run by ctest before the tests; an environment variable that is already set wins.
 set(TURBOQUANT_TEST_ENVIRONMENT "${PROJECT_BINARY_DIR}/test_environment.cmake")
 set(content "")
-foreach(name IN ITEMS PYTHON SMOLLM2 GEMMA LLAMA_SERVER OPENAI_PYTHON)
+foreach(name IN ITEMS PYTHON SMOLLM2 GEMMA LLAMA_SERVER OPENAI_PYTHON TORCH_PYTHON)
     if(TURBOQUANT_ENV_${name})
         string(APPEND content "if(NOT DEFINED ENV{TQ_TEST_${name}})\n"
                               "  set(ENV{TQ_TEST_${name}} [==[${TURBOQUANT_ENV_${name}}]==])\n"

@@ -2,6 +2,14 @@
 # plug-in.
 include(CMakePackageConfigHelpers)
 
+if(SKBUILD) # pip: the Python package takes the libraries that it loads, and nothing else (python/pyproject.toml)
+    install(TARGETS turboquant_cpu LIBRARY DESTINATION turboquant COMPONENT python)
+    if(TARGET turboquant_cuda)
+        install(TARGETS turboquant_cuda LIBRARY DESTINATION turboquant COMPONENT python)
+    endif()
+    return()
+endif()
+
 set(TURBOQUANT_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/turboquant)
 
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/turboquant DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}

@@ -92,6 +92,9 @@ typedef struct tq_paged_attention {
     int32_t not_causal;            /* 0: query i sees tokens 0 .. length - q_len + i. 1: every query sees all */
     int32_t sliding_window;        /* > 0: only the latest so many tokens up to the query's own */
     const float* sink_logits;      /* [heads] or null: one more logit that takes probability, gives nothing */
+    /* 0: a ring that is too short for the window of the earliest query is refused. 1: what of a query's window the ring
+     * no longer holds (it has the sequence's latest `ring` positions) counts by its codes. */
+    int32_t prefill;
     tq_parallel parallel;
 } tq_paged_attention;
 

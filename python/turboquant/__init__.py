@@ -1,4 +1,4 @@
-"""TurboQuant for PyTorch: a compressed KV cache on NVIDIA GPUs and attention over its codes (docs/cuda.md)."""
+"""TurboQuant for PyTorch: a compressed KV cache on CPUs and NVIDIA GPUs, and attention over its codes (docs/python.md)."""
 
 from .paged import PagedCache
 
@@ -13,9 +13,9 @@ def decode(cache, slots, dtype=None):
     return cache.read(slots) if dtype is None else cache.read(slots, dtype)
 
 
-def append(cache, keys, values, page_table, lengths):
+def append(cache, keys, values, page_table, lengths, sequence_slots=None):
     """Writes the next tokens of every sequence: PagedCache.append."""
-    cache.append(keys, values, page_table, lengths)
+    cache.append(keys, values, page_table, lengths, sequence_slots)
 
 
 def attend(cache, q, page_table, lengths, **options):

@@ -88,8 +88,8 @@ def _candidates():
     if given:
         return [given]
     here = pathlib.Path(__file__).resolve().parent
-    builds = sorted(here.parent.parent.glob("build/*/lib/" + _NAME))  # a checkout
-    return [str(here / _NAME), *map(str, builds), _NAME]
+    checkout = here.parent.parent / "build"
+    return [str(here / _NAME), *(str(checkout / build / "lib" / _NAME) for build in ("release", "debug", "cuda")), _NAME]
 
 
 @functools.cache

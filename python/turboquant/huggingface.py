@@ -1,11 +1,11 @@
-"""A compressed cache for Hugging Face transformers, on a GPU.
+"""A compressed cache for Hugging Face transformers, on the device of the model: a CPU or a GPU.
 
     from turboquant.huggingface import TurboQuantCache
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="turboquant")
     cache = TurboQuantCache(model.config, batch=2, max_tokens=4096, attention_mask=inputs["attention_mask"])
     model.generate(**inputs, past_key_values=cache)
 
-With attn_implementation "turboquant" up to 16 queries at once attend to the codes; longer prompts attend to tiles
+With attn_implementation "turboquant" queries attend to the codes; on a GPU prompts of more than 16 tokens attend to tiles
 decoded from them (PagedCache.prefill). With any other implementation every step decodes the whole cache for it: right, but slow.
 """
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .paged import PagedCache
 
 _NAME = "turboquant"
-_MOST_QUERIES = 16
+_MOST_QUERIES = 16  # of one PagedCache.attend on a GPU
 
 
 class _Layer(CacheLayerMixin):
@@ -64,14 +64,14 @@ class _Layer(CacheLayerMixin):
         shape = (batch, self.total, self.cache.kv_heads, self.cache.head_size)
         return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
 
-    def attend(self, query, scaling, sliding_window):
+    def attend(self, query, scaling, sliding_window, softcap, sink_logits):
         """query [batch, heads, q_len, head_size] -> [batch, q_len, heads, head_size]."""
         q = query.transpose(1, 2).contiguous()
         lengths = (self.total - self.padding).clamp(min=0).to(torch.int32)
+        options = dict(scale=scaling, sliding_window=sliding_window or 0, softcap=softcap or 0.0, sink_logits=sink_logits)
         if q.shape[1] <= _MOST_QUERIES:
-            return self.cache.attend(q, self.page_table, lengths, scale=scaling, sliding_window=sliding_window or 0)
-        return self.cache.prefill(q, self.page_table, lengths, max_length=self.total, scale=scaling,
-                                  sliding_window=sliding_window or 0)
+            return self.cache.attend(q, self.page_table, lengths, **options)
+        return self.cache.prefill(q, self.page_table, lengths, max_length=self.total, **options)
 
     def get_mask_sizes(self, query):
         n = query if isinstance(query, int) else query.shape[0]
@@ -113,15 +113,19 @@ class TurboQuantCache(Cache):
 
     @property
     def kv_bytes(self):
-        return sum(layer.cache.pages.numel() for layer in self.layers if layer.cache is not None)
+        """Bytes of all layers' pages, those not written to yet included; 0 before the first tokens."""
+        return sum(layer.cache.kv_bytes for layer in self.layers if layer.cache is not None)
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+               s_aux=None, **kwargs):
     layer = getattr(key, "_turboquant_layer", None)
     if layer is None:
         raise ValueError("attn_implementation='turboquant' needs past_key_values=TurboQuantCache(...), made after the "
                          "implementation was chosen")
-    return layer.attend(query, scaling, sliding_window), None
+    if s_aux is not None:  # gpt-oss: one more logit a head
+        s_aux = s_aux.float().contiguous()
+    return layer.attend(query, scaling, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -184,7 +184,7 @@ Status check_attention(const tq_paged& cache, const tq_paged_attention& a) {
     if (cache.n_exact() > 0 && a.batch > 0 && a.sequence_slots == nullptr) {
         return invalid(call + "a cache with exact rows needs sequence_slots");
     }
-    if (cache.options.window > 0 && cache.options.ring < cache.options.window + int64_t{a.q_len} - 1) {
+    if (a.prefill == 0 && cache.options.window > 0 && cache.options.ring < cache.options.window + int64_t{a.q_len} - 1) {
         return invalid(call + "ring " + std::to_string(cache.options.ring) + " is less than window + q_len - 1 = " +
                        std::to_string(cache.options.window + int64_t{a.q_len} - 1));
     }
@@ -229,7 +229,7 @@ void collect_exact(const tq_paged& cache, const tq_paged_attention& a, int32_t b
     for (int64_t p = 0; p < std::min<int64_t>(o.sinks, length); ++p) {
         take(p);
     }
-    const int64_t window_begin = o.window > 0 ? std::max<int64_t>(first_end - o.window, 0) : length;
+    const int64_t window_begin = o.window > 0 ? std::max(first_end - o.window, length - o.ring) : length;
     for (int64_t p = std::max<int64_t>(window_begin, o.sinks); p < length; ++p) {
         take(p);
     }
