@@ -5,6 +5,8 @@ include(CMakePackageConfigHelpers)
 if(SKBUILD) # pip: the Python package takes the libraries that it loads, and nothing else (python/pyproject.toml)
     install(TARGETS turboquant_cpu LIBRARY DESTINATION turboquant COMPONENT python)
     if(TARGET turboquant_cuda)
+        set_property(TARGET turboquant_cuda PROPERTY VERSION) # a wheel has no links: each name would be a copy
+        set_property(TARGET turboquant_cuda PROPERTY SOVERSION)
         install(TARGETS turboquant_cuda LIBRARY DESTINATION turboquant COMPONENT python)
     endif()
     return()
