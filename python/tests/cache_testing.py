@@ -41,24 +41,31 @@ def attention(q, keys, values, lengths=None, *, exact=None, sinks=0, window=0, s
     out = torch.zeros(q.shape, dtype=torch.float64)
     for b in range(batch):
         length = keys.shape[1] if lengths is None else int(lengths[b])
-        for i in range(q_len):
-            end = length - q_len + i + 1 if causal else length
-            begin = max(end - sliding_window, 0) if sliding_window > 0 else 0
-            if end <= begin:
-                continue
-            k, v = keys[b, :end].clone(), values[b, :end].clone()
-            if exact is not None:
-                for x, rows in ((k, exact[0]), (v, exact[1])):
-                    rows = rows[b, :end].double().cpu()
-                    x[:sinks] = rows[:sinks]
-                    if window > 0:
-                        x[max(end - window, 0):] = rows[max(end - window, 0):]
-            k, v = (x[begin:end].repeat_interleave(group, 1) for x in (k, v))
-            scores = torch.einsum("hd,thd->ht", q[b, i], k) * (d ** -0.5 if scale is None else scale)
-            if softcap > 0:
-                scores = softcap * torch.tanh(scores / softcap)
-            if sink_logits is not None:
-                scores = torch.cat([scores, sink_logits.double().cpu()[:, None]], 1)
-            p = torch.softmax(scores, 1)[:, : end - begin]
-            out[b, i] = torch.einsum("ht,thd->hd", p, v)
-    return out.to(torch.float64)
+        token = torch.arange(length)
+        end = (length - q_len + 1 + torch.arange(q_len) if causal else torch.full((q_len,), length))[:, None]
+        seen = token < end  # [query, token]
+        if sliding_window > 0:
+            seen &= token >= end - sliding_window
+        exactly = torch.zeros_like(seen) if exact is None else (token < sinks) | (token >= end - window)
+
+        def of_heads(rows):
+            return rows[b, :length].double().cpu().repeat_interleave(group, 1)
+
+        def scores_of(k):
+            return torch.einsum("ihd,thd->iht", q[b], of_heads(k)) * (d ** -0.5 if scale is None else scale)
+
+        scores = scores_of(keys)
+        if exact is not None:
+            scores = torch.where(exactly[:, None], scores_of(exact[0]), scores)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        sink = torch.full((q_len, heads, 1), -torch.inf, dtype=torch.float64)
+        if sink_logits is not None:
+            sink[:] = sink_logits.double().cpu()[:, None]
+        p = torch.softmax(torch.cat([scores, sink], 2), 2)[..., :length]
+        p = torch.where(seen.any(1)[:, None, None], p, torch.zeros_like(p))  # a query that sees nothing
+        out[b] = torch.einsum("iht,thd->ihd", p * ~exactly[:, None], of_heads(values))
+        if exact is not None:
+            out[b] += torch.einsum("iht,thd->ihd", p * exactly[:, None], of_heads(exact[1]))
+    return out

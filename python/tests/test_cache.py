@@ -14,7 +14,13 @@ from turboquant import PagedCache  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _same_numbers():
+    """One thread: PyTorch's own spin, and beside other work small calls then take many times as long. Tests of threads
+    set their number themselves."""
     torch.manual_seed(11)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def queries(device, batch, q_len, heads, head_size=128, dtype=torch.float16):
