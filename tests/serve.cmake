@@ -1,6 +1,7 @@
-# tq serve: units without a model, then the server as its clients see it: the `openai` Python client and raw sockets.
+# tq serve: units without a model, the engine on a tiny one, then the server as its clients see it: the `openai` Python client and raw sockets.
 
 tq_add_test(serve_units_test SOURCES serve_units_test.cpp LIBS tq_serve LABELS serve)
+tq_add_test(serve_engine_test SOURCES serve_engine_test.cpp LIBS tq_serve LABELS serve)
 
 if(NOT TURBOQUANT_BUILD_PLUGIN)
     message(STATUS "tests of tq serve: the plug-in is not built, only the unit tests run")

@@ -343,6 +343,19 @@ class Chat(Case):
         self.assertIn("temp 0.5", done.err)
         self.assertIn("tq: /regen: there is no question yet", done.err)  # /reset forgot it
 
+    def test_regen_reads_exact_rows_again(self):
+        # A longer answer has moved the window of exact rows past the question's end.
+        question = ("Martha had kept the lamp of the lighthouse for eleven years. When the harbour board wrote that the light would be "
+                    "run by a machine, she read the letter twice, put it under the clock, and went up to trim the wick. What did she trim?")
+        done = self.chat([question, "/regen"], "-n", 40, "--json")
+        first, again = [json.loads(line) for line in done.out.splitlines()]
+        self.assertGreater(first["stats"]["answer_tokens"], 12)
+        self.assertEqual(again["stats"]["prompt_tokens_read"], 1 + 32)
+        self.assertEqual(first["answer"][:20], again["answer"][:20])
+        done = self.chat([question, "/regen"], "-n", 40, "--json", "--kv", "f16")
+        again = json.loads(done.out.splitlines()[1])
+        self.assertEqual(again["stats"]["prompt_tokens_read"], 1, "all rows are exact")
+
     def test_bad_commands(self):
         for line, word in [("/nope", "/help"), ("/set", "name"), ("/set temp", "value"), ("/set temp hot", "hot"),
                            ("/set top-p 3", "top-p"), ("/set colour 3", "colour"), ("/save", "file"),

@@ -407,16 +407,37 @@ TEST_F(FolderTest, TheStoreFindsWhatIsNotWrittenYetAndWhatIs) {
             EXPECT_EQ(loaded->tokens, tokens_of(64, 1000 * i));
             EXPECT_EQ(loaded->state, state);
         }
-        store.save(tokens_of(5, 9000), state); // not worth a file
         store.flush();
         EXPECT_EQ(store.contents().files, 5);
-        EXPECT_FALSE(store.load(tokens_of(64, 9000), 0));
         EXPECT_FALSE(store.load(tokens_of(64), 64));
         store.save(tokens_of(64, 7000), state); // the destructor writes it
     }
     serve::FolderStore store(root_ / "sessions", kOrigin, 1 << 30, {});
     EXPECT_EQ(store.contents().files, 6);
     ASSERT_TRUE(store.load(tokens_of(64, 7000), 10));
+}
+
+TEST_F(FolderTest, TheStoreForgetsWhatCannotBeUsed) {
+    const Bytes state = state_of(20000, 1); // takes a moment to pack and write
+    serve::FolderStore store(root_ / "sessions", kOrigin, 1 << 30,
+                             [this](const std::string& line) { notices_.push_back(line); });
+    store.save(tokens_of(64, 1000), state);
+    store.save(tokens_of(64, 2000), state);
+    store.forget(tokens_of(64, 2000), "refused"); // while it is being written
+    store.flush();
+    EXPECT_FALSE(store.load(tokens_of(64, 2000), 0));
+    EXPECT_TRUE(store.load(tokens_of(64, 1000), 0));
+    ASSERT_EQ(notices_.size(), 1U);
+    const std::string name = SessionFolder::file_name(tokens_of(64, 2000));
+    EXPECT_NE(notices_[0].find(name + ": refused"), std::string::npos) << notices_[0];
+    EXPECT_TRUE(fs::exists(root_ / "sessions" / name));
+    // Read again and saved again, it is good again.
+    const Bytes fresh = state_of(100, 2);
+    store.save(tokens_of(64, 2000), fresh);
+    store.flush();
+    const auto loaded = store.load(tokens_of(64, 2000), 0);
+    ASSERT_TRUE(loaded);
+    EXPECT_EQ(loaded->state, fresh);
 }
 
 TEST_F(FolderTest, TheStoreTakesSeveralThreads) {

@@ -14,6 +14,8 @@
 namespace turboquant::llm {
 namespace {
 
+constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
+
 ggml_type find_type(const std::string& name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
@@ -112,16 +114,24 @@ Context make_context(const Model& model, const ContextOptions& options) {
         f16 += in_f16(cache.key_mib, cache.key_type) + in_f16(cache.value_mib, cache.value_type);
     }
     context.kv_f16_bytes = std::llround(f16);
+    context.exact_rows = kv.exact_rows();
+    context.window = options.full_cache ? 0 : llama_model_n_swa(model.get());
     return context;
 }
 
-bool cut_sequence(llama_context* context, llama_seq_id sequence, int64_t keep, int64_t sliding_window) {
-    llama_memory_t memory = llama_get_memory(context);
+int64_t Context::cut(llama_seq_id sequence, int64_t size, int64_t keep) const {
+    // The latest rows before the cut were exact once, but the window has moved on with the rows that are cut off. Reading
+    // them again makes them exact again, so that an answer does not lose what the cache's setting promises.
+    if (size - keep > exact_rows / kSpareOfWindow) {
+        keep -= exact_rows;
+    }
+    llama_memory_t memory = llama_get_memory(handle.get());
     // A sliding-window cache has forgotten what lies before its window: going back is only right as far as the window
     // of the first token to be read is still there.
     const bool forgotten =
-        sliding_window > 0 && llama_memory_seq_pos_min(memory, sequence) > std::max<int64_t>(0, keep - sliding_window);
-    return keep > 0 && !forgotten && llama_memory_seq_rm(memory, sequence, static_cast<llama_pos>(keep), -1);
+        window > 0 && llama_memory_seq_pos_min(memory, sequence) > std::max<int64_t>(0, keep - window);
+    const bool kept = keep > 0 && !forgotten && llama_memory_seq_rm(memory, sequence, static_cast<llama_pos>(keep), -1);
+    return kept ? keep : 0;
 }
 
 } // namespace turboquant::llm

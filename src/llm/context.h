@@ -43,15 +43,17 @@ struct Context {
     ContextHandle handle;
     int64_t kv_bytes = 0;     // as allocated (libllama's log), all sequences together
     int64_t kv_f16_bytes = 0; // the same cells in f16
+    int64_t exact_rows = 0;   // latest rows of a sequence that are exact while earlier ones are codes
+    int64_t window = 0;       // of sliding layers, beyond which they forget; 0: none, or they keep all rows
+
+    // Cuts a sequence of `size` tokens to its first `keep` (< size), or to fewer, so that the next `exact_rows` tokens are written
+    // again: how many it holds now. 0: nothing is kept, or the memory cannot go back that far (recurrent state, sliding layers
+    // that have forgotten); the sequence is then good for nothing but to be cleared.
+    int64_t cut(llama_seq_id sequence, int64_t size, int64_t keep) const;
 };
 
 // Error in one line when libllama or the plug-in refuses, or the model does not write text. The model must outlive the
 // context. Not thread-safe (environment, log).
 Context make_context(const Model& model, const ContextOptions& options);
-
-// Takes the rows from position `keep` on out of a sequence. False: nothing is to be kept, or the memory cannot go back that far (recurrent
-// state, sliding layers whose window of `sliding_window` tokens has moved on; 0: none, or they keep all rows). The sequence is
-// then good for nothing but to be cleared.
-bool cut_sequence(llama_context* context, llama_seq_id sequence, int64_t keep, int64_t sliding_window);
 
 } // namespace turboquant::llm

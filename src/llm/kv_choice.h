@@ -41,6 +41,8 @@ struct KvChoice {
     bool pass_through() const {
         return turboquant() && !automatic && !emulate_q4_0 && key_bits == 16 && value_bits == 16;
     }
+    // Latest rows that are exact while earlier ones are codes; 0: no row is, or all are.
+    int exact_rows() const { return turboquant() && !pass_through() ? window : 0; }
     LayerBits bits_of(int layer) const;
     // What goes into TURBOQUANT_KV: "4/4", "auto".
     std::string bits() const;

@@ -28,23 +28,19 @@ const char* stop_name(Stop stop) {
 }
 
 Session::Session(const Model& model, const SessionOptions& options) : model_(model), options_(options) {
-    Context context =
-        make_context(model, {.kv = options_.kv,
-                             .plan = options_.plan,
-                             .batch = kBatch,
-                             .threads = options_.threads,
-                             .full_cache = options_.full_cache,
-                             .abort = [](void* self) { return static_cast<Session*>(self)->interrupted(); },
-                             .abort_data = this});
-    ctx_ = std::move(context.handle);
-    kv_bytes_ = context.kv_bytes;
-    kv_f16_bytes_ = context.kv_f16_bytes;
+    context_ = make_context(model, {.kv = options_.kv,
+                                    .plan = options_.plan,
+                                    .batch = kBatch,
+                                    .threads = options_.threads,
+                                    .full_cache = options_.full_cache,
+                                    .abort = [](void* self) { return static_cast<Session*>(self)->interrupted(); },
+                                    .abort_data = this});
 }
 
 Session::~Session() = default;
 
 int64_t Session::context_size() const {
-    return llama_n_ctx(ctx_.get());
+    return llama_n_ctx(context_.handle.get());
 }
 
 bool Session::interrupted() const {
@@ -58,12 +54,12 @@ int Session::decode(const Token* tokens, int64_t n, int8_t* outputs) {
     // llama_batch_get_one takes a pointer to non-const, but only reads.
     llama_batch batch = llama_batch_get_one(const_cast<Token*>(tokens), static_cast<int32_t>(n));
     batch.logits = outputs;
-    const int result = llama_decode(ctx_.get(), batch);
+    const int result = llama_decode(context_.handle.get(), batch);
     if (result == 0) {
         cached_.insert(cached_.end(), tokens, tokens + n);
         return 0;
     }
-    const llama_pos last = llama_memory_seq_pos_max(llama_get_memory(ctx_.get()), 0);
+    const llama_pos last = llama_memory_seq_pos_max(llama_get_memory(context_.handle.get()), 0);
     const auto kept = std::clamp<int64_t>(last + 1 - static_cast<int64_t>(cached_.size()), 0, n);
     cached_.insert(cached_.end(), tokens, tokens + kept);
     if (result < 0) {
@@ -73,19 +69,20 @@ int Session::decode(const Token* tokens, int64_t n, int8_t* outputs) {
     return result;
 }
 
-// Makes the cache hold a prefix of `tokens`, as long as possible but at most `most` of them; returns its length.
+// Makes the cache hold a prefix of `tokens`, as long as it can be used (Context::cut) but at most `most` of them; returns its length.
 int64_t Session::keep_common(const std::vector<Token>& tokens, int64_t most) {
     const int64_t common = std::min(most, common_prefix(cached_, tokens));
-    if (common == static_cast<int64_t>(cached_.size())) {
+    const auto size = static_cast<int64_t>(cached_.size());
+    if (common == size) {
         return common;
     }
-    const int64_t window = options_.full_cache ? 0 : llama_model_n_swa(model_.get());
-    if (!cut_sequence(ctx_.get(), 0, common, window)) {
+    const int64_t kept = context_.cut(0, size, common);
+    if (kept == 0) {
         clear();
         return 0;
     }
-    cached_.resize(static_cast<size_t>(common));
-    return common;
+    cached_.resize(static_cast<size_t>(kept));
+    return kept;
 }
 
 bool Session::read(const std::vector<Token>& tokens, const Progress& progress) {
@@ -134,13 +131,13 @@ bool Session::read_from(const std::vector<Token>& tokens, int64_t most, const st
                                     format_count(context_size()), format_count(n)));
         }
         if (next > first) {
-            on_scores(first, next - first, llama_get_logits(ctx_.get()));
+            on_scores(first, next - first, llama_get_logits(context_.handle.get()));
         }
     }
     if (progress && n - start > kBatch) {
         progress(1);
     }
-    llama_synchronize(ctx_.get());
+    llama_synchronize(context_.handle.get());
     stats_.read_tokens = n - start;
     stats_.read_seconds = seconds_since(read_from_us_);
     return true;
@@ -181,7 +178,7 @@ Answer Session::generate(llama_sampler* sampler, int64_t limit, const std::funct
             }
             answer.undecoded.clear();
         }
-        const Token token = llama_sampler_sample(sampler, ctx_.get(), -1);
+        const Token token = llama_sampler_sample(sampler, context_.handle.get(), -1);
         last_us = llama_time_us();
         if (first_us == 0) {
             first_us = last_us;
@@ -199,19 +196,19 @@ Answer Session::generate(llama_sampler* sampler, int64_t limit, const std::funct
     stats.answer_seconds = static_cast<double>(last_us - first_us) * 1e-6;
     stats.context_used = static_cast<int64_t>(cached_.size());
     stats.context_size = context_size();
-    stats.kv_bytes = kv_bytes_;
-    stats.kv_f16_bytes = kv_f16_bytes_;
+    stats.kv_bytes = context_.kv_bytes;
+    stats.kv_f16_bytes = context_.kv_f16_bytes;
     return answer;
 }
 
 bool Session::can_shift() const {
     // Recurrent layers have no rows that could be left out.
-    return llama_memory_can_shift(llama_get_memory(ctx_.get())) && !llama_model_is_recurrent(model_.get()) &&
+    return llama_memory_can_shift(llama_get_memory(context_.handle.get())) && !llama_model_is_recurrent(model_.get()) &&
            !llama_model_is_hybrid(model_.get());
 }
 
 bool Session::shift(int64_t keep, int64_t discard) {
-    llama_memory_t memory = llama_get_memory(ctx_.get());
+    llama_memory_t memory = llama_get_memory(context_.handle.get());
     const auto size = static_cast<int64_t>(cached_.size());
     if (!can_shift() || keep < 0 || discard <= 0 || keep + discard > size ||
         !llama_memory_seq_rm(memory, 0, static_cast<llama_pos>(keep), static_cast<llama_pos>(keep + discard))) {
@@ -223,13 +220,13 @@ bool Session::shift(int64_t keep, int64_t discard) {
 }
 
 void Session::clear() {
-    llama_memory_clear(llama_get_memory(ctx_.get()), true);
+    llama_memory_clear(llama_get_memory(context_.handle.get()), true);
     cached_.clear();
 }
 
 std::vector<uint8_t> Session::state() const {
-    std::vector<uint8_t> bytes(llama_state_seq_get_size(ctx_.get(), 0));
-    bytes.resize(llama_state_seq_get_data(ctx_.get(), bytes.data(), bytes.size(), 0));
+    std::vector<uint8_t> bytes(llama_state_seq_get_size(context_.handle.get(), 0));
+    bytes.resize(llama_state_seq_get_data(context_.handle.get(), bytes.data(), bytes.size(), 0));
     return bytes;
 }
 
@@ -238,8 +235,8 @@ bool Session::restore(const std::vector<uint8_t>& state, const std::vector<Token
     if (state.empty() || static_cast<int64_t>(tokens.size()) > context_size()) {
         return false;
     }
-    llama_memory_t memory = llama_get_memory(ctx_.get());
-    if (llama_state_seq_set_data(ctx_.get(), state.data(), state.size(), 0) == 0 ||
+    llama_memory_t memory = llama_get_memory(context_.handle.get());
+    if (llama_state_seq_set_data(context_.handle.get(), state.data(), state.size(), 0) == 0 ||
         llama_memory_seq_pos_max(memory, 0) + 1 != static_cast<llama_pos>(tokens.size())) {
         clear();
         return false;

@@ -64,11 +64,11 @@ public:
     const KvChoice& kv() const { return options_.kv; }
     int64_t context_size() const;
     const std::vector<Token>& cached() const { return cached_; } // the tokens that are in the cache, in order
-    int64_t kv_bytes() const { return kv_bytes_; }
-    int64_t kv_f16_bytes() const { return kv_f16_bytes_; }
+    int64_t kv_bytes() const { return context_.kv_bytes; }
+    int64_t kv_f16_bytes() const { return context_.kv_f16_bytes; }
 
     // Brings the cache to exactly `tokens`, reading only what it does not hold yet (at least the last one, whose scores
-    // the next generate() needs). 1 <= size <= context_size(), else Error with the numbers. False: interrupted, the
+    // the next generate() needs; where the cache went further, the rows that were exact there too). 1 <= size <= context_size(), else Error with the numbers. False: interrupted, the
     // cache then holds what had been read. progress: fraction of the tokens that had to be read.
     bool read(const std::vector<Token>& tokens, const Progress& progress);
 
@@ -104,10 +104,8 @@ private:
 
     const Model& model_;
     SessionOptions options_;
-    ContextHandle ctx_;
+    Context context_;
     std::vector<Token> cached_;
-    int64_t kv_bytes_ = 0;
-    int64_t kv_f16_bytes_ = 0;
     int64_t read_from_us_ = 0; // when the current question came
     Stats stats_;
 };

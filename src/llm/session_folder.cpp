@@ -144,6 +144,12 @@ std::optional<SessionFolder::Loaded> SessionFolder::load(const std::string& name
     return {};
 }
 
+void SessionFolder::refuse(const std::vector<Token>& tokens, std::string_view reason) {
+    const std::string name = file_name(tokens);
+    notice(fmt::format("{}: {}; not used, its prompt is read again", (folder_ / name).string(), reason));
+    forget(name);
+}
+
 void SessionFolder::forget(const std::string& name) {
     const std::lock_guard lock(mutex_);
     entries_.erase(name);

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace turboquant::llm {
@@ -42,6 +43,9 @@ public:
         std::vector<uint8_t> state;
     };
     std::optional<Loaded> load(const std::string& name);
+
+    // What load() gave is of no use here after all: a notice with the reason, and it is not found again. The file stays.
+    void refuse(const std::vector<Token>& tokens, std::string_view reason);
 
     // Keeps a session and drops those it continues, then the least recently used until the limit is kept. False, with a notice, when it
     // cannot be written or is larger than the limit. A session with these very tokens is only touched.

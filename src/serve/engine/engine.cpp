@@ -13,9 +13,6 @@
 namespace turboquant::serve {
 namespace {
 
-constexpr int64_t kSpareOfWindow = 4; // a cut of a quarter of the exact rows is not worth reading all of them again
-constexpr int64_t kWorthSaving = 64;  // tokens: shorter prompts are read faster than fetched
-
 double milliseconds(Clock::duration duration) {
     return std::chrono::duration<double, std::milli>(duration).count();
 }
@@ -54,10 +51,8 @@ Engine::Engine(const llm::Model& model, const EngineOptions& options, Observer& 
       slots_(static_cast<size_t>(options.slots)),
       budget_(options.step_seconds, batch_limit_) {
     context_ = llama_n_ctx_seq(llama_.handle.get());
-    window_ = llama_model_n_swa(model.get());
-    exact_rows_ = options.kv.turboquant() && !options.kv.pass_through() ? options.kv.window : 0;
     // A copy is cut to the prefix afterwards, which recurrent state and a window that has moved on do not allow.
-    can_copy_ = window_ == 0 && !llama_model_is_recurrent(model.get()) && !llama_model_is_hybrid(model.get());
+    can_copy_ = llama_.window == 0 && !llama_model_is_recurrent(model.get()) && !llama_model_is_hybrid(model.get());
     for (int i = 0; i < options.slots; ++i) {
         slots_[static_cast<size_t>(i)].sequence = i;
     }
@@ -308,20 +303,16 @@ void Engine::clear(Slot& slot) {
 
 // Cuts the slot's cache to its first `keep` tokens or fewer, or to nothing where the memory cannot.
 void Engine::keep_prefix(Slot& slot, int64_t keep) {
-    const int64_t cut = static_cast<int64_t>(slot.cached.size()) - keep;
-    if (cut <= 0) {
+    const auto size = static_cast<int64_t>(slot.cached.size());
+    if (keep >= size) {
         return;
     }
-    // The latest rows before the cut were exact once, but the window has moved on with the rows that are cut off. Reading
-    // them again makes them exact again, so that an answer does not lose what the cache's setting promises.
-    if (cut > exact_rows_ / kSpareOfWindow) {
-        keep = std::max<int64_t>(0, keep - exact_rows_);
-    }
-    if (!llm::cut_sequence(llama_.handle.get(), slot.sequence, keep, window_)) {
+    const int64_t kept = llama_.cut(slot.sequence, size, keep);
+    if (kept == 0) {
         clear(slot);
         return;
     }
-    slot.cached.resize(static_cast<size_t>(keep));
+    slot.cached.resize(static_cast<size_t>(kept));
 }
 
 // Fetches a saved sequence that goes further than what memory has. False: none, the slot is as it was.
@@ -331,16 +322,21 @@ bool Engine::restore(Slot& slot, const std::vector<llm::Token>& prompt, int64_t 
     }
     const auto size = static_cast<int64_t>(prompt.size());
     std::optional<SavedSequence> saved = options_.store->load(prompt, more_than + kWorthSaving);
-    if (!saved || static_cast<int64_t>(saved->tokens.size()) > context_) {
+    if (!saved) {
+        return false;
+    }
+    const auto n = static_cast<int64_t>(saved->tokens.size());
+    if (n > context_) {
+        options_.store->forget(saved->tokens, fmt::format("holds {} tokens, a slot here {}", n, context_));
         return false;
     }
     clear(slot);
     llama_context* context = llama_.handle.get();
     const llm::LogCapture log; // libllama's complaints about a state are not the user's business: the prompt is read
     if (llama_state_seq_set_data(context, saved->state.data(), saved->state.size(), slot.sequence) == 0 ||
-        llama_memory_seq_pos_max(llama_get_memory(context), slot.sequence) + 1 !=
-            static_cast<llama_pos>(saved->tokens.size())) {
+        llama_memory_seq_pos_max(llama_get_memory(context), slot.sequence) + 1 != static_cast<llama_pos>(n)) {
         clear(slot);
+        options_.store->forget(saved->tokens, log.reason("libllama refuses its state"));
         return true; // the slot is empty now, so there is no prefix to keep
     }
     slot.cached = std::move(saved->tokens);

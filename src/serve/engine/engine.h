@@ -93,8 +93,6 @@ private:
     llm::Context llama_;
     int64_t context_ = 0;
     bool can_copy_ = false;
-    int64_t window_ = 0;     // of sliding layers; 0: none
-    int64_t exact_rows_ = 0; // latest rows that the cache keeps exact
     std::unique_ptr<llama_batch, void (*)(llama_batch*)> batch_;
 
     // The thread's own.

@@ -7,8 +7,6 @@ namespace turboquant::serve {
 namespace {
 
 constexpr size_t kMostWaiting = 2;
-// Shorter ones are read again as fast as they are loaded.
-constexpr size_t kLeastTokens = 32;
 
 } // namespace
 
@@ -55,9 +53,6 @@ std::optional<SavedSequence> FolderStore::load(std::span<const llm::Token> token
 }
 
 void FolderStore::save(std::span<const llm::Token> tokens, std::vector<uint8_t> state) {
-    if (tokens.size() < kLeastTokens || state.empty()) {
-        return;
-    }
     auto sequence = std::make_shared<SavedSequence>();
     sequence->tokens.assign(tokens.begin(), tokens.end());
     sequence->state = std::move(state);
@@ -65,15 +60,24 @@ void FolderStore::save(std::span<const llm::Token> tokens, std::vector<uint8_t> 
         return;
     }
     std::unique_lock lock(mutex_);
-    const bool waits = std::any_of(waiting_.begin(), waiting_.end(),
-                                   [&](const Waiting& other) { return other->tokens == sequence->tokens; });
-    if (waits) {
+    if (waits(sequence->tokens)) {
         return;
     }
     changed_.wait(lock, [&] { return waiting_.size() < kMostWaiting; });
     waiting_.push_back(std::move(sequence));
     lock.unlock();
     changed_.notify_all();
+}
+
+bool FolderStore::waits(std::span<const llm::Token> tokens) const {
+    return std::any_of(waiting_.begin(), waiting_.end(),
+                       [&](const Waiting& other) { return std::ranges::equal(other->tokens, tokens); });
+}
+
+void FolderStore::forget(std::span<const llm::Token> tokens, std::string_view reason) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return !waits(tokens); });
+    folder_.refuse({tokens.begin(), tokens.end()}, reason);
 }
 
 void FolderStore::flush() {

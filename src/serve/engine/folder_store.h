@@ -26,12 +26,15 @@ public:
     std::optional<SavedSequence> load(std::span<const llm::Token> tokens, int64_t more_than) override;
     // Waits while kMostWaiting sequences are not written yet: states are large.
     void save(std::span<const llm::Token> tokens, std::vector<uint8_t> state) override;
+    // Waits where they are not written yet. The file stays, for whoever can use it.
+    void forget(std::span<const llm::Token> tokens, std::string_view reason) override;
     void flush() override;
 
     llm::SessionFolder::Contents contents() const { return folder_.contents(); }
 
 private:
     using Waiting = std::shared_ptr<const SavedSequence>;
+    bool waits(std::span<const llm::Token> tokens) const; // to be written; under the lock
     void write();
 
     llm::SessionFolder folder_;

@@ -7,9 +7,14 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 namespace turboquant::serve {
+
+// Tokens of a sequence that is worth a place in a store: a shorter one is read again as fast as it is fetched. The engine
+// neither saves nor asks for fewer.
+constexpr int64_t kWorthSaving = 64;
 
 // One sequence as llama_state_seq_get_data() gave it, and the tokens that its rows belong to, in order.
 struct SavedSequence {
@@ -32,6 +37,9 @@ public:
     // Takes a sequence over. Called when a conversation gives its slot to another, when a slot has been idle for a while
     // and when the server ends. The same conversation comes again as it grows: one that continues a saved one replaces it.
     virtual void save(std::span<const llm::Token> tokens, std::vector<uint8_t> state) = 0;
+
+    // What load() gave cannot be used here, for the reason given: load() must not find these tokens again until they are saved again.
+    virtual void forget(std::span<const llm::Token> tokens, std::string_view reason) = 0;
 
     // Returns when all that was given to save() is on disk. Called once, at the end, from any thread.
     virtual void flush() {}
