@@ -97,10 +97,11 @@ protected:
         fs::remove_all(folder_);
     }
 
-    std::unique_ptr<Engine> engine(int slots, int64_t queue = 8, SessionStore* store = nullptr) {
+    std::unique_ptr<Engine> engine(int slots, int64_t queue = 8, SessionStore* store = nullptr,
+                                   int64_t context = kContext) {
         EngineOptions options;
         options.kv = llm::parse_kv("f16");
-        options.plan = llm::ModelPlan(path_).plan(kContext);
+        options.plan = llm::ModelPlan(path_).plan(context);
         options.slots = slots;
         options.threads = 1;
         options.queue = queue;
@@ -218,7 +219,7 @@ TEST_F(EngineTest, EveryEndGivesItsPlaceBack) {
 }
 
 TEST_F(EngineTest, ADeadlineHoldsWhereverTheRequestIs) {
-    const auto engine = this->engine(1);
+    const auto engine = this->engine(1, 8, nullptr, 16384);
     const Request running = request(tokens_of(20, 1), -1);
     const auto start = Clock::now();
     const Request waiting = request(tokens_of(20, 2), 4, milliseconds(30));
@@ -227,6 +228,9 @@ TEST_F(EngineTest, ADeadlineHoldsWhereverTheRequestIs) {
     const Result result = wait(waiting);
     EXPECT_EQ(result.end.kind, Event::Kind::failed);
     EXPECT_GE(Clock::now() - start, milliseconds(30));
+    for (const Event& event : running.stream->take(milliseconds(0))) {
+        EXPECT_EQ(event.kind, Event::Kind::piece) << "it waited until the slot was free";
+    }
     running.stream->cancel();
     // In the slot: text came, then the failure.
     const Result cut = answer(*engine, request(tokens_of(20, 3), -1, milliseconds(30)));
