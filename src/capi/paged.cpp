@@ -184,7 +184,8 @@ Status check_attention(const tq_paged& cache, const tq_paged_attention& a) {
     if (cache.n_exact() > 0 && a.batch > 0 && a.sequence_slots == nullptr) {
         return invalid(call + "a cache with exact rows needs sequence_slots");
     }
-    if (a.prefill == 0 && cache.options.window > 0 && cache.options.ring < cache.options.window + int64_t{a.q_len} - 1) {
+    if (a.prefill == 0 && cache.options.window > 0 &&
+        cache.options.ring < cache.options.window + int64_t{a.q_len} - 1) {
         return invalid(call + "ring " + std::to_string(cache.options.ring) + " is less than window + q_len - 1 = " +
                        std::to_string(cache.options.window + int64_t{a.q_len} - 1));
     }
