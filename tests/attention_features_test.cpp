@@ -107,6 +107,8 @@ TEST(AttentionFeatures, Conditioning) {
                 .key_window = 8},
                available_isas());
     check_case({.queries = 9, .mu = true, .lambda = true, .key_window = 20, .value_window = 30}, available_isas());
+    // More blocks of positions than a byte tells apart.
+    check_case({.rows = 600, .queries = 2, .mu = true, .turning = true, .stride = 130}, available_isas());
 }
 
 TEST(AttentionFeatures, ExactRowsOfTheStore) {

@@ -40,6 +40,7 @@ struct Case {
     bool sinks = false; // sink logits
     bool mu = false;
     bool turning = false; // with mu: pairs of key channels turn with the position
+    int64_t stride = 7;   // from one row's position to the next's
     bool lambda = false;
     int key_window = 0;
     int value_window = 0;
@@ -55,9 +56,10 @@ struct Case {
                  << " heads=" << c.kv_heads << 'x' << c.group << " bits=" << c.key_bits << '/' << c.value_bits
                  << " rows=" << c.rows << " queries=" << c.queries << " mask=" << static_cast<int>(c.mask)
                  << " softcap=" << c.softcap << " max_bias=" << c.max_bias << " sinks=" << c.sinks << " mu=" << c.mu
-                 << " turning=" << c.turning << " lambda=" << c.lambda << " window=" << c.key_window << '/'
-                 << c.value_window << " pins=" << c.pins << " staging=" << c.staging << " overwrite=" << c.overwrite
-                 << " peaky=" << c.peaky << " workers=" << c.workers << " seed=" << c.seed;
+                 << " turning=" << c.turning << " stride=" << c.stride << " lambda=" << c.lambda
+                 << " window=" << c.key_window << '/' << c.value_window << " pins=" << c.pins
+                 << " staging=" << c.staging << " overwrite=" << c.overwrite << " peaky=" << c.peaky
+                 << " workers=" << c.workers << " seed=" << c.seed;
     }
 };
 
@@ -259,7 +261,7 @@ private:
         std::vector<float> x;
         std::vector<int32_t> positions; // long runs, and some rows of other sequences in between
         for (int64_t r : rows) {
-            positions.push_back(static_cast<int32_t>(r % 19 == 7 ? 5000 - r : 7 * r));
+            positions.push_back(static_cast<int32_t>(r % 19 == 7 ? 5000 - r : case_.stride * r));
         }
         for (int64_t r : rows) {
             const float size = std::exp2(uniform(-1, 1));

@@ -211,6 +211,41 @@ TEST(Condition, ACopyBringsBlocksAlong) {
     EXPECT_FALSE(make_store(kShape, {4, 4, 0})->copy_from(*source).ok()) << "another conditioning";
 }
 
+// A row's block is kept in a byte until there are more than 256 of them.
+TEST(Condition, MoreBlocksThanAByteTells) {
+    constexpr int64_t kRows = 400;
+    const Conditioning c = strong_conditioning();
+    const auto store = make_store(kShape, {4, 0, 0}, c);
+    const size_t narrow = store->bytes();
+    std::vector<std::vector<float>> as_written;
+    for (int64_t row = 0; row < kRows; ++row) {
+        const auto position = static_cast<int32_t>(kPositionBlock * row);
+        const std::vector<float> x = turned_row(c, position, static_cast<uint32_t>(row));
+        ASSERT_TRUE(store->write(x.data(), kElements, &row, 1, {}, nullptr, &position).ok());
+        as_written.push_back(read_row(*store, row));
+        EXPECT_EQ(store->bytes(), narrow + (row < 256 ? 0 : kShape.rows)) << row;
+    }
+    const auto copy = make_store(kShape, {4, 0, 0}, c);
+    ASSERT_TRUE(copy->copy_from(*store).ok());
+    for (int64_t row = 0; row < kRows; ++row) {
+        ASSERT_EQ(store->impl().row_block(row), row);
+        ASSERT_EQ(read_row(*store, row), as_written[static_cast<size_t>(row)]) << row;
+        ASSERT_EQ(read_row(*copy, row), as_written[static_cast<size_t>(row)]) << row;
+    }
+    // And back: what is narrow over what is wide.
+    const auto few = make_store(kShape, {4, 0, 0}, c);
+    write_turned(*few, c, 0, 300, 500, nullptr);
+    ASSERT_TRUE(copy->copy_from(*few).ok());
+    for (int64_t row = 0; row < 300; ++row) {
+        ASSERT_EQ(read_row(*copy, row), read_row(*few, row)) << row;
+    }
+    size_t long_bytes = 0;
+    size_t short_bytes = 0;
+    ASSERT_TRUE(Store::bytes({Side::key, 64, 2, 65536}, {4, 0, 0}, short_bytes).ok());
+    ASSERT_TRUE(Store::bytes({Side::key, 64, 2, 65536 + 64}, {4, 0, 0}, long_bytes).ok());
+    EXPECT_GT(long_bytes - short_bytes, 65536) << "a context in which a byte is too little is reserved with two";
+}
+
 TEST(Condition, AShiftMovesRowsToTheirNewBlock) {
     const Conditioning c = strong_conditioning();
     const auto store = make_store(kShape, {4, 0, 0}, c);

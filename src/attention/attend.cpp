@@ -134,6 +134,8 @@ private:
     void score(int64_t tile);
     void set_means(int64_t tile);
     void add_exact_scores();
+    template <class Entry>
+    void set_means(int64_t tile, const Entry* entries);
     void add_turning_means(int64_t tile);
     bool weigh();
     void add_values(int64_t tile);
@@ -371,12 +373,21 @@ bool Task::find_exact(const ExactRows& rows, int64_t tile, int head_size) {
 
 // query_mean for the tile's rows; where they are of several blocks it is added to the scores here and now.
 void Task::set_means(int64_t tile) {
+    const Store::Impl& k = *plan_.k;
+    if (k.entry_size == 1) {
+        set_means(tile, k.tile_entries<uint8_t>(stored_tile_));
+    } else {
+        set_means(tile, k.tile_entries<uint16_t>(stored_tile_));
+    }
+}
+
+template <class Entry>
+void Task::set_means(int64_t tile, const Entry* entries) {
     const Conditioner& conditioner = plan_.k->conditioner;
     const int n = 2 * conditioner.n_pairs();
-    const uint16_t* entries = plan_.k->tile_entries(stored_tile_);
     const int valid = static_cast<int>(std::min<int64_t>(kTileRows, call_.n_rows - tile * kTileRows));
     // Each like its neighbour: all alike.
-    const bool alike = std::memcmp(entries, entries + 1, static_cast<size_t>(valid - 1) * sizeof(uint16_t)) == 0;
+    const bool alike = std::memcmp(entries, entries + 1, static_cast<size_t>(valid - 1) * sizeof(Entry)) == 0;
     const auto mean_of = [&](int m, int entry) {
         return s_.constant_mean[m] +
                kernels_.dot(s_.turning_query + static_cast<int64_t>(m) * n, conditioner.phases(entry), n);
@@ -391,7 +402,7 @@ void Task::set_means(int64_t tile) {
         return;
     }
     s_.mean_entry = -1;
-    uint16_t found[kTileRows];
+    Entry found[kTileRows];
     uint8_t which[kTileRows] = {};
     int n_found = 0;
     for (int r = 0; r < valid; ++r) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 namespace turboquant {
 
@@ -226,12 +227,29 @@ void emulate_q4_0(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h
     }
 }
 
+namespace {
+
+void widen_entries(Store::Impl& impl) {
+    PageMemory wide;
+    if (!wide.allocate(impl.row_entries.size() * sizeof(uint16_t))) {
+        throw std::bad_alloc();
+    }
+    std::copy_n(impl.row_entries.data(), impl.row_entries.size(), reinterpret_cast<uint16_t*>(wide.data()));
+    impl.row_entries.swap(wide);
+    impl.entry_size = sizeof(uint16_t);
+}
+
+} // namespace
+
 int find_entry(Store::Impl& impl, int block) {
     if (impl.row_entries.size() == 0) {
         return 0;
     }
     if (impl.mean_entry >= 0 && impl.blocks[static_cast<size_t>(impl.mean_entry)] == block) {
         return impl.mean_entry; // the rule while a sequence grows
+    }
+    if (impl.entry_size == 1 && impl.blocks.size() == kNarrowEntries && !impl.block_entries.contains(block)) {
+        widen_entries(impl);
     }
     const auto [found, is_new] = impl.block_entries.try_emplace(block, static_cast<uint16_t>(impl.blocks.size()));
     if (is_new) {
@@ -242,7 +260,12 @@ int find_entry(Store::Impl& impl, int block) {
 }
 
 void set_entry(Store::Impl& impl, int64_t row, int entry) {
-    if (impl.row_entries.size() != 0) {
+    if (impl.row_entries.size() == 0) {
+        return;
+    }
+    if (impl.entry_size == 1) {
+        impl.row_entries.data()[row] = static_cast<uint8_t>(entry);
+    } else {
         reinterpret_cast<uint16_t*>(impl.row_entries.data())[row] = static_cast<uint16_t>(entry);
     }
 }

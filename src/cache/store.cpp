@@ -68,6 +68,7 @@ struct Plan {
     size_t plain_bytes = 0;
     size_t raw_bytes = 0;
     size_t entry_bytes = 0;
+    int entry_size = 1; // a sequence from position 0 on never needs more; others may (find_entry)
 };
 
 // What the options come to: exact rows need a codec and room for the tag.
@@ -95,7 +96,8 @@ Plan make_plan(const StoreShape& shape, const StoreOptions& options, const Rotat
     plan.n_slots = std::max(options.window, options.calibration_rows) + options.sink_slots;
     plan.raw_bytes = static_cast<size_t>(plan.n_slots) * static_cast<size_t>(shape.row_elements()) * sizeof(uint16_t);
     if (shape.side == Side::key && (options.bits <= 8 || options.emulate_q4_0)) {
-        plan.entry_bytes = static_cast<size_t>(plan.n_tiles) * kTileRows * sizeof(uint16_t);
+        plan.entry_size = plan.n_tiles * kTileRows > static_cast<int64_t>(kNarrowEntries) * kPositionBlock ? 2 : 1;
+        plan.entry_bytes = static_cast<size_t>(plan.n_tiles) * kTileRows * static_cast<size_t>(plan.entry_size);
     }
     return plan;
 }
@@ -221,6 +223,7 @@ Status Store::create(const StoreShape& shape, const StoreOptions& options, Condi
                 return status;
             }
         }
+        m.entry_size = plan.entry_size;
         if (!m.row_entries.allocate(plan.entry_bytes)) {
             return out_of_memory;
         }
@@ -663,6 +666,13 @@ Status Store::copy_from(const Store& source) {
         return invalid("copy: this store is (" + describe(m.shape, m.options) + "), the source (" +
                        describe(from.shape, from.options) + "); they must agree, and so must mu and lambda");
     }
+    if (m.entry_size != from.entry_size) {
+        if (!m.row_entries.allocate(from.row_entries.size())) {
+            return {StatusCode::out_of_memory,
+                    "copy: no memory for the position blocks of rows; use a smaller context"};
+        }
+        m.entry_size = from.entry_size;
+    }
     // Only tiles with rows: pages that neither store has written stay untouched.
     const auto scale_bytes = static_cast<size_t>(m.n_blocks) * kTileRows * sizeof(uint16_t);
     const size_t plain_bytes =
@@ -673,8 +683,8 @@ Status Store::copy_from(const Store& source) {
             continue;
         }
         if (from.row_entries.size() != 0) {
-            constexpr size_t kBytes = kTileRows * sizeof(uint16_t);
-            std::memcpy(m.row_entries.data() + i * kBytes, from.row_entries.data() + i * kBytes, kBytes);
+            const size_t bytes = kTileRows * static_cast<size_t>(m.entry_size);
+            std::memcpy(m.row_entries.data() + i * bytes, from.row_entries.data() + i * bytes, bytes);
         }
         for (int head = 0; head < m.shape.kv_heads; ++head) {
             if (m.coded()) {

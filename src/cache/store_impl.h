@@ -29,6 +29,8 @@ private:
     size_t size_ = 0;
 };
 
+inline constexpr size_t kNarrowEntries = 256; // position blocks that a byte tells apart: 65,536 positions
+
 struct Store::Impl {
     StoreShape shape;
     StoreOptions options;
@@ -50,7 +52,8 @@ struct Store::Impl {
     // Position blocks met so far, and for each row (keys with codes only) which of them it is in: its mean's.
     std::vector<int> blocks; // [entry]; the first is block 0
     std::unordered_map<int, uint16_t> block_entries;
-    PageMemory row_entries;     // uint16 [n_tiles * 64]; empty for values and pass-through
+    PageMemory row_entries;     // entry_size bytes each, [n_tiles * 64]; empty for values and pass-through
+    int entry_size = 1;         // 2 once there are more than kNarrowEntries
     Rotation emulated_rotation; // of the rows, head by head (emulate_q4_0)
     // The mean of one entry, [kv_head][channel] and padding: that of the rows written last.
     int mean_entry = -1;
@@ -117,13 +120,16 @@ struct Store::Impl {
     bool is_written(int64_t row) const { return (written_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
     bool is_exact(int64_t row) const { return (exact_rows[static_cast<size_t>(row / 64)] >> (row % 64) & 1U) != 0; }
     int find_slot(int64_t row) const; // -1: the row is not exact
-    // Entries of the 64 rows of tile t; null: all rows are in the first.
-    const uint16_t* tile_entries(int64_t t) const {
-        return row_entries.size() == 0 ? nullptr
-                                       : reinterpret_cast<const uint16_t*>(row_entries.data()) + t * kTileRows;
+    // Entries of the 64 rows of tile t, Entry being uint8_t or uint16_t as entry_size says. Only where there are row_entries.
+    template <class Entry>
+    const Entry* tile_entries(int64_t t) const {
+        return reinterpret_cast<const Entry*>(row_entries.data()) + t * kTileRows;
     }
     int row_entry(int64_t row) const {
-        return row_entries.size() == 0 ? 0 : reinterpret_cast<const uint16_t*>(row_entries.data())[row];
+        if (row_entries.size() == 0) {
+            return 0;
+        }
+        return entry_size == 1 ? row_entries.data()[row] : reinterpret_cast<const uint16_t*>(row_entries.data())[row];
     }
     int row_block(int64_t row) const { return blocks[static_cast<size_t>(row_entry(row))]; }
 };
