@@ -40,7 +40,8 @@ typedef struct tq_cuda_cache {
     int32_t key_bits;   /* 2, 3, 4 or 8 */
     int32_t value_bits; /* 2, 3, 4 or 8 */
     /* Conditioning of the keys, device, [kv_heads][head_size] fp32 each or null: codes are those of
-     * R(lambda * (k - mu)), queries ask with R(q / lambda), and scores get q.mu back. */
+     * R(lambda * (k - mu)), queries ask with R(q / lambda), and scores get q.mu back. Used as they are: the CPU store rounds
+     * its own to fp16 first, so only such values give the same codes. */
     const float* mu;
     const float* lambda;
     /* > 0: mu has so many means, [mu_blocks][kv_heads][head_size]: position p's is that of block p / 256 (of the last for

@@ -15,6 +15,10 @@ def _need(condition, message):
         raise ValueError(message)
 
 
+_LARGEST_HALF = 65504.0
+_LEAST_FACTOR = 2.0**-14  # the smallest normal float16
+
+
 class PagedCache:
     """Keys and values of one layer, compressed, in `n_pages` pages of `page_size` tokens, on `device`: "cpu" or a CUDA
     device. All tensors of its calls are on that device.
@@ -24,7 +28,7 @@ class PagedCache:
     get (`prefill` takes longer ones: queries whose window has left the ring see codes there).
 
     Conditioning of the keys: mu [kv_heads, head_size] is taken off them, lambda_ [kv_heads, head_size] multiplies them
-    (docs/cuda.md). On a GPU mu may be [blocks, kv_heads, head_size], a mean for every 256 positions (the last for later ones).
+    (docs/cuda.md); both are rounded to float16. On a GPU mu may be [blocks, kv_heads, head_size], a mean for every 256 positions (the last for later ones).
 
     What a device serves: docs/python.md. A shape that it does not raises ValueError.
     """
@@ -47,6 +51,9 @@ class PagedCache:
                 _need(tuple(x.shape[1:] if name == "mu" and x.dim() == 3 else x.shape) == (kv_heads, head_size),
                       f"{name}: shape {tuple(x.shape)}, expected {(kv_heads, head_size)}"
                       f"{' or [blocks, ...] of that' if name == 'mu' else ''}")
+                # As the stored format has them (docs/format.md), so that codes are the same on every device.
+                least = _LEAST_FACTOR if name == "lambda_" else -_LARGEST_HALF
+                x = x.to(torch.float32).clamp(least, _LARGEST_HALF).to(torch.float16)
                 conditioning[name] = x.to(device=self.device, dtype=torch.float32).contiguous()
         _need(not self.keeps_exact or sequences > 0,
               "sequences: a cache with sinks or a window needs to know how many there may be")
