@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 import pathlib
 import threading
 import warnings
@@ -10,7 +9,7 @@ import weakref
 
 import torch
 
-_NAME = "libturboquant_cpu.so"
+from . import _find
 
 
 class Parallel(ctypes.Structure):
@@ -92,45 +91,27 @@ class Attention(ctypes.Structure):
     ]
 
 
-def _candidates():
-    given = os.environ.get("TURBOQUANT_CPU_LIBRARY")
-    if given:
-        return [given]
-    here = pathlib.Path(__file__).resolve().parent
-    checkout = here.parent.parent / "build"
-    return [str(here / _NAME), *(str(checkout / build / "lib" / _NAME) for build in ("release", "debug", "cuda")), _NAME]
-
-
 @functools.cache
 def load():
     """The library; ImportError in words where there is none."""
-    tried = []
-    for path in _candidates():
-        try:
-            library = ctypes.CDLL(path)
-        except OSError as error:
-            tried.append(str(error))
-            continue
-        pointer, size, count = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
-        library.tq_last_error.restype = ctypes.c_char_p
-        library.tq_paged_page_bytes.restype = size
-        library.tq_paged_page_bytes.argtypes = [ctypes.POINTER(Options)]
-        library.tq_paged_create.argtypes = [ctypes.POINTER(Options), ctypes.POINTER(pointer)]
-        library.tq_paged_destroy.argtypes = [pointer]
-        library.tq_paged_destroy.restype = None
-        library.tq_paged_blocks.argtypes = [pointer]
-        library.tq_paged_write.argtypes = [pointer, ctypes.POINTER(Rows)]
-        library.tq_paged_read.argtypes = [pointer, pointer, count, pointer, pointer, pointer, ctypes.c_int32,
-                                          ctypes.POINTER(Parallel)]
-        library.tq_paged_attend.argtypes = [pointer, ctypes.POINTER(Attention), pointer]
-        library.tq_workspace_create.argtypes = [ctypes.POINTER(pointer)]
-        library.tq_workspace_destroy.argtypes = [pointer]
-        library.tq_workspace_destroy.restype = None
-        library.tq_openmp_threads.argtypes = [ctypes.POINTER(OpenMp), ctypes.POINTER(Parallel)]
-        return library
-    raise ImportError(
-        f"turboquant: {_NAME} was not found; build it (docs/python.md) and name it in TURBOQUANT_CPU_LIBRARY. "
-        f"Tried: {'; '.join(tried)}")
+    library = _find.load("turboquant_cpu", "TURBOQUANT_CPU_LIBRARY", "docs/python.md")
+    pointer, size, count = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+    library.tq_last_error.restype = ctypes.c_char_p
+    library.tq_paged_page_bytes.restype = size
+    library.tq_paged_page_bytes.argtypes = [ctypes.POINTER(Options)]
+    library.tq_paged_create.argtypes = [ctypes.POINTER(Options), ctypes.POINTER(pointer)]
+    library.tq_paged_destroy.argtypes = [pointer]
+    library.tq_paged_destroy.restype = None
+    library.tq_paged_blocks.argtypes = [pointer]
+    library.tq_paged_write.argtypes = [pointer, ctypes.POINTER(Rows)]
+    library.tq_paged_read.argtypes = [pointer, pointer, count, pointer, pointer, pointer, ctypes.c_int32,
+                                      ctypes.POINTER(Parallel)]
+    library.tq_paged_attend.argtypes = [pointer, ctypes.POINTER(Attention), pointer]
+    library.tq_workspace_create.argtypes = [ctypes.POINTER(pointer)]
+    library.tq_workspace_destroy.argtypes = [pointer]
+    library.tq_workspace_destroy.restype = None
+    library.tq_openmp_threads.argtypes = [ctypes.POINTER(OpenMp), ctypes.POINTER(Parallel)]
+    return library
 
 
 def check(status):

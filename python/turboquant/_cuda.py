@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from . import _library
+from . import _cuda_library
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -20,9 +20,9 @@ class Engine:
     kind = "CUDA"
 
     def __init__(self, cache, mu, lambda_, sequences):
-        self._library = _library.load()
+        self._library = _cuda_library.load()
         self._cache = weakref.proxy(cache)
-        c = self._struct = _library.Cache()
+        c = self._struct = _cuda_library.Cache()
         c.struct_size = ctypes.sizeof(c)
         c.n_pages, c.page_size, c.kv_heads, c.head_size = cache.n_pages, cache.page_size, cache.kv_heads, cache.head_size
         c.key_bits, c.value_bits = cache.key_bits, cache.value_bits
@@ -46,7 +46,7 @@ class Engine:
         self._workspaces = {}
 
     def write(self, keys, values, slots, exact_rows, positions):
-        w = _library.Write()
+        w = _cuda_library.Write()
         w.struct_size = ctypes.sizeof(w)
         w.keys, w.values, w.type = keys.data_ptr(), values.data_ptr(), _TYPES[keys.dtype]
         w.key_stride, w.key_head_stride = keys.stride(0), keys.stride(1)
@@ -55,13 +55,13 @@ class Engine:
         w.exact_rows = None if exact_rows is None else exact_rows.data_ptr()
         w.positions = None if positions is None else positions.data_ptr()
         with torch.cuda.device(self._cache.device):
-            _library.check(self._library.tq_cuda_encode(self._struct, w, _stream()))
+            _cuda_library.check(self._library.tq_cuda_encode(self._struct, w, _stream()))
 
     def read(self, slots, dtype, rotated, positions):
         c = self._cache
         out = torch.empty(2, slots.numel(), c.kv_heads, c.head_size, dtype=dtype, device=c.device)
         with torch.cuda.device(c.device):
-            _library.check(self._library.tq_cuda_read(
+            _cuda_library.check(self._library.tq_cuda_read(
                 self._struct, slots.data_ptr(), None if positions is None else positions.data_ptr(), slots.numel(), None,
                 None, out.data_ptr(), _TYPES[dtype], int(rotated), _stream()))
         return out
@@ -71,7 +71,7 @@ class Engine:
         codes = torch.empty(2, n, c.kv_heads, c.head_size, dtype=torch.uint8, device=c.device)
         scales = torch.empty(2, n, c.kv_heads, dtype=torch.float16, device=c.device)
         with torch.cuda.device(c.device):
-            _library.check(self._library.tq_cuda_read(self._struct, slots.data_ptr(), None, n, codes.data_ptr(),
+            _cuda_library.check(self._library.tq_cuda_read(self._struct, slots.data_ptr(), None, n, codes.data_ptr(),
                                                       scales.data_ptr(), None, 0, 0, _stream()))
         return codes, scales
 
@@ -79,7 +79,7 @@ class Engine:
     def _attention(call):
         """tq_cuda_attention of what PagedCache._attention gave; keeps no reference to it."""
         q, out, page_table, lengths, scale, softcap, causal, sliding_window, sink_logits, sequence_slots = call
-        a = _library.Attention()
+        a = _cuda_library.Attention()
         a.struct_size = ctypes.sizeof(a)
         a.q, a.out, a.type = q.data_ptr(), out.data_ptr(), _TYPES[q.dtype]
         a.q_batch, a.q_query, a.q_head, _ = q.stride()
@@ -100,19 +100,19 @@ class Engine:
             workspace = self._workspaces.get(key)
             if workspace is None:
                 size = ctypes.c_size_t()
-                _library.check(self._library.tq_cuda_workspace_bytes(self._struct, a, size))
+                _cuda_library.check(self._library.tq_cuda_workspace_bytes(self._struct, a, size))
                 workspace = torch.zeros(size.value, dtype=torch.uint8, device=self._cache.device)
                 self._workspaces[key] = workspace
             a.workspace, a.workspace_size = workspace.data_ptr(), workspace.numel()
-            _library.check(self._library.tq_cuda_attend(self._struct, a, stream))
+            _cuda_library.check(self._library.tq_cuda_attend(self._struct, a, stream))
 
     def prefill(self, call, max_length, workspace_bytes):
         a = self._attention(call)
         a.max_length = max_length
         with torch.cuda.device(self._cache.device):
             least, most = ctypes.c_size_t(), ctypes.c_size_t()
-            _library.check(self._library.tq_cuda_prefill_workspace_bytes(self._struct, a, least, most))
+            _cuda_library.check(self._library.tq_cuda_prefill_workspace_bytes(self._struct, a, least, most))
             workspace = torch.empty(min(most.value, max(least.value, workspace_bytes)), dtype=torch.uint8,
                                     device=self._cache.device)
             a.workspace, a.workspace_size = workspace.data_ptr(), workspace.numel()
-            _library.check(self._library.tq_cuda_prefill(self._struct, a, _stream()))
+            _cuda_library.check(self._library.tq_cuda_prefill(self._struct, a, _stream()))

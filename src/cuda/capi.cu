@@ -148,19 +148,54 @@ std::string attention_problem(const tq_cuda_cache& c, const tq_cuda_attention& a
     return {};
 }
 
-void score_units(const tq_cuda_cache& c, const tq_cuda_attention& a, float& scale_log2, float& softcap_log2) {
-    const double log2e = 1.4426950408889634;
-    const double scale = a.scale != 0 ? a.scale : 1.0 / std::sqrt(static_cast<double>(c.head_size));
-    scale_log2 = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * log2e);
-    softcap_log2 = a.softcap > 0 ? static_cast<float>(a.softcap * log2e) : 0;
-}
-
 void rotation_signs(int head_size, uint32_t (&signs)[8]) {
     for (int channel = 0; channel < head_size; ++channel) {
         if (turboquant::rotation_sign(head_size, channel) < 0) {
             signs[channel / 32] |= 1U << (channel % 32);
         }
     }
+}
+
+void fill_call_args(const tq_cuda_cache& c, const tq_cuda_attention& a, CallArgs& args) {
+    args.pages = static_cast<const uint8_t*>(c.pages);
+    args.mu = c.mu_blocks > 0 ? nullptr : c.mu; // with blocks its part of the scores depends on the token
+    args.lambda = c.lambda;
+    args.exact_keys = static_cast<const uint16_t*>(c.exact_keys);
+    args.exact_values = static_cast<const uint16_t*>(c.exact_values);
+    args.q = a.q;
+    args.out = a.out;
+    args.page_table = a.page_table;
+    args.lengths = a.lengths;
+    args.sequence_slots = a.sequence_slots;
+    args.sink_logits = a.sink_logits;
+    args.q_batch = a.q_batch;
+    args.q_query = a.q_query;
+    args.q_head = a.q_head;
+    args.out_batch = a.out_batch;
+    args.out_query = a.out_query;
+    args.out_head = a.out_head;
+    args.page_table_stride = a.page_table_stride;
+    args.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
+    args.type = a.type;
+    args.q_len = a.q_len;
+    args.kv_heads = c.kv_heads;
+    args.group = a.heads / c.kv_heads;
+    args.page_size = c.page_size;
+    args.page_shift = page_shift(c);
+    args.key_bits = c.key_bits;
+    args.value_bits = c.value_bits;
+    args.tile_bytes = cache_tile_bytes(c);
+    args.sinks = c.sinks;
+    args.ring = c.ring;
+    args.window = c.window;
+    args.sliding_window = a.sliding_window;
+    args.mu_blocks = c.mu != nullptr ? c.mu_blocks : 0;
+    args.causal = a.not_causal == 0 ? 1 : 0;
+    rotation_signs(c.head_size, args.signs);
+    const double log2e = 1.4426950408889634;
+    const double scale = a.scale != 0 ? a.scale : 1.0 / std::sqrt(static_cast<double>(c.head_size));
+    args.scale_log2 = static_cast<float>(a.softcap > 0 ? scale / a.softcap : scale * log2e);
+    args.softcap_log2 = a.softcap > 0 ? static_cast<float>(a.softcap * log2e) : 0;
 }
 
 bool type_ok(int32_t type) {
@@ -404,50 +439,14 @@ tq_status tq_cuda_attend(const tq_cuda_cache* cache, const tq_cuda_attention* at
                                   std::to_string(plan.workspace) + " are needed");
     }
     AttendArgs args{};
-    args.pages = static_cast<const uint8_t*>(c.pages);
-    args.mu = c.mu;
-    args.lambda = c.lambda;
-    args.exact_keys = static_cast<const uint16_t*>(c.exact_keys);
-    args.exact_values = static_cast<const uint16_t*>(c.exact_values);
-    args.q = a.q;
-    args.out = a.out;
-    args.page_table = a.page_table;
-    args.lengths = a.lengths;
-    args.sequence_slots = a.sequence_slots;
-    args.sink_logits = a.sink_logits;
+    fill_call_args(c, a, args);
     args.partial = static_cast<float*>(a.workspace);
     args.counters = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(a.workspace) + plan.partial_bytes);
-    args.q_batch = a.q_batch;
-    args.q_query = a.q_query;
-    args.q_head = a.q_head;
-    args.out_batch = a.out_batch;
-    args.out_query = a.out_query;
-    args.out_head = a.out_head;
-    args.page_table_stride = a.page_table_stride;
-    args.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
-    args.type = a.type;
     args.batch = a.batch;
-    args.q_len = a.q_len;
     args.heads = a.heads;
-    args.kv_heads = c.kv_heads;
-    args.group = plan.group;
     args.query_blocks = plan.query_blocks;
-    args.page_size = c.page_size;
-    args.page_shift = page_shift(c);
-    args.key_bits = c.key_bits;
-    args.value_bits = c.value_bits;
-    args.tile_bytes = cache_tile_bytes(c);
     args.stages = plan.shape.stages;
-    args.sinks = c.sinks;
-    args.ring = c.ring;
-    args.window = c.window;
-    args.sliding_window = a.sliding_window;
-    args.causal = a.not_causal == 0 ? 1 : 0;
-    rotation_signs(c.head_size, args.signs);
-    score_units(c, a, args.scale_log2, args.softcap_log2);
-    if (c.mu != nullptr && c.mu_blocks > 0) {
-        args.mu = nullptr; // its part of the scores depends on the token
-        args.mu_blocks = c.mu_blocks;
+    if (args.mu_blocks > 0) {
         const OffsetArgs offsets =
             offset_args(c, a, static_cast<uint8_t*>(a.workspace) + plan.offsets_at, args.scale_log2);
         args.offsets = offsets.offsets;

@@ -32,7 +32,8 @@ int page_shift(const tq_cuda_cache& c); // page_size = 1 << it
 bool type_ok(int32_t type);
 // Bit c % 32 of word c / 32: the rotation negates channel c. `signs` must be zero.
 void rotation_signs(int head_size, uint32_t (&signs)[8]);
-// What scores are multiplied with to come to units of log2; with soft-cap the first gives the cap's argument.
-void score_units(const tq_cuda_cache& c, const tq_cuda_attention& a, float& scale_log2, float& softcap_log2);
+// All of `args`, from a cache and an attention without problems.
+struct CallArgs;
+void fill_call_args(const tq_cuda_cache& c, const tq_cuda_attention& a, CallArgs& args);
 
 } // namespace turboquant::cuda

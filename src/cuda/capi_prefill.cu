@@ -129,49 +129,15 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
                                   std::to_string(plan.item_bytes) + " needed");
     }
     PrefillArgs args{};
-    args.pages = static_cast<const uint8_t*>(c.pages);
-    args.mu = c.mu;
-    args.lambda = c.lambda;
-    args.exact_keys = static_cast<const uint16_t*>(c.exact_keys);
-    args.exact_values = static_cast<const uint16_t*>(c.exact_values);
-    args.q = a.q;
-    args.out = a.out;
-    args.page_table = a.page_table;
-    args.lengths = a.lengths;
-    args.sequence_slots = a.sequence_slots;
-    args.sink_logits = a.sink_logits;
+    fill_call_args(c, a, args);
     args.images = static_cast<uint8_t*>(a.workspace);
-    args.q_batch = a.q_batch;
-    args.q_query = a.q_query;
-    args.q_head = a.q_head;
-    args.out_batch = a.out_batch;
-    args.out_query = a.out_query;
-    args.out_head = a.out_head;
-    args.page_table_stride = a.page_table_stride;
-    args.page_bytes = static_cast<int64_t>(tq_cuda_page_bytes(&c));
-    args.type = a.type;
-    args.q_len = a.q_len;
-    args.kv_heads = c.kv_heads;
-    args.group = a.heads / c.kv_heads;
     args.group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + args.group - 1) / args.group);
     args.max_length = a.max_length;
     args.query_blocks = static_cast<int32_t>(plan.query_blocks);
     args.code_images = static_cast<int32_t>(plan.code_images);
     args.exact_images = static_cast<int32_t>(plan.exact_images);
-    args.page_size = c.page_size;
-    args.page_shift = page_shift(c);
-    args.key_bits = c.key_bits;
-    args.value_bits = c.value_bits;
-    args.tile_bytes = cache_tile_bytes(c);
-    args.sinks = c.sinks;
-    args.ring = c.ring;
-    args.window = c.window;
-    args.sliding_window = a.sliding_window;
-    args.causal = a.not_causal == 0 ? 1 : 0;
     args.q_vectors = vectors(a.q, a.type, a.q_batch, a.q_query, a.q_head) ? 1 : 0;
     args.out_vectors = vectors(a.out, a.type, a.out_batch, a.out_query, a.out_head) ? 1 : 0;
-    rotation_signs(c.head_size, args.signs);
-    score_units(c, a, args.scale_log2, args.softcap_log2);
     // As many items at a time as the workspace holds images of.
     const auto fits = static_cast<int64_t>(a.workspace_size / plan.item_bytes);
     const int64_t step =
@@ -181,9 +147,7 @@ tq_status tq_cuda_prefill(const tq_cuda_cache* cache, const tq_cuda_attention* a
     args.partial = reinterpret_cast<float*>(behind);
     args.partial_log2 = args.partial + step * plan.splits * a.q_len * args.group * c.head_size;
     OffsetArgs offsets{};
-    if (c.mu != nullptr && c.mu_blocks > 0) {
-        args.mu = nullptr; // its part of the scores depends on the token
-        args.mu_blocks = c.mu_blocks;
+    if (args.mu_blocks > 0) {
         offsets = offset_args(c, a, args.images + static_cast<size_t>(step) * plan.image_part, args.scale_log2);
         args.offsets = offsets.offsets;
     }

@@ -9,6 +9,8 @@
 //   images of an item: those of the codes from token 0 on, then those of the exact rows (Extent's order)
 #pragma once
 
+#include "cuda/call_args.h"
+
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -25,46 +27,20 @@ constexpr size_t image_bytes(int head_size) {
     return size_t{2} * static_cast<size_t>(head_size) * kImageTokens * 2;
 }
 
-struct PrefillArgs {
-    const uint8_t* pages;
-    const float* mu;
-    const float* lambda;
-    const uint16_t* exact_keys;
-    const uint16_t* exact_values;
-    const void* q;
-    void* out;
-    const int32_t* page_table;
-    const int32_t* lengths;
-    const int32_t* sequence_slots;
-    const float* sink_logits;
+struct PrefillArgs : CallArgs {
     uint8_t* images;      // [items of a launch][code_images + exact_images]
     const float* offsets; // of scores, [items of a launch][row][mean]; null: one mean for all positions
     // Where there are more SMs than blocks a row's tiles are split between blocks: [items of a launch][split][row][channel],
     // and for each row log2 of its sum.
     float* partial;
     float* partial_log2;
-    int64_t q_batch, q_query, q_head;
-    int64_t out_batch, out_query, out_head;
-    int64_t page_table_stride;
-    int64_t page_bytes;
-    int32_t type;
     int32_t first_item, items; // of this launch; item = sequence * kv_heads + head
-    int32_t q_len, kv_heads, group;
     uint32_t group_inverse; // 2^32 / group, rounded up (group > 1): the high word of r times it is r / group, r < 2^28
     int32_t max_length;
     int32_t query_blocks; // of an item
     int32_t splits;
     int32_t code_images, exact_images;
-    int32_t page_size, page_shift;
-    int32_t key_bits, value_bits;
-    int32_t tile_bytes;
-    int32_t sinks, ring, window, sliding_window;
-    int32_t mu_blocks;
-    int32_t causal;
     int32_t q_vectors, out_vectors; // rows are aligned for moves of 16 bytes
-    uint32_t signs[8];              // of the rotation, bit c % 32 of word c / 32: channel c is negated
-    float scale_log2;               // as in AttendArgs
-    float softcap_log2;
 };
 
 // All kernels. `items` of args may be fewer than those of the call: then call again with the next first_item.

@@ -2,10 +2,8 @@
 
 import ctypes
 import functools
-import os
-import pathlib
 
-_NAME = "libturboquant_cuda.so"
+from . import _find
 
 
 class Cache(ctypes.Structure):
@@ -83,43 +81,25 @@ class Attention(ctypes.Structure):
     ]
 
 
-def _candidates():
-    given = os.environ.get("TURBOQUANT_CUDA_LIBRARY")
-    if given:
-        return [given]
-    here = pathlib.Path(__file__).resolve().parent
-    checkout = here.parent.parent / "build"
-    return [str(here / _NAME), *(str(checkout / build / "lib" / _NAME) for build in ("release", "debug", "cuda")), _NAME]
-
-
 @functools.cache
 def load():
     """The library; ImportError in words where there is none."""
-    tried = []
-    for path in _candidates():
-        try:
-            library = ctypes.CDLL(path)
-        except OSError as error:
-            tried.append(str(error))
-            continue
-        library.tq_cuda_last_error.restype = ctypes.c_char_p
-        library.tq_cuda_page_bytes.restype = ctypes.c_size_t
-        library.tq_cuda_page_bytes.argtypes = [ctypes.POINTER(Cache)]
-        library.tq_cuda_encode.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Write), ctypes.c_void_p]
-        library.tq_cuda_read.argtypes = [
-            ctypes.POINTER(Cache), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
-        library.tq_cuda_workspace_bytes.argtypes = [
-            ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t)]
-        library.tq_cuda_attend.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.c_void_p]
-        library.tq_cuda_prefill_workspace_bytes.argtypes = [
-            ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t),
-            ctypes.POINTER(ctypes.c_size_t)]
-        library.tq_cuda_prefill.argtypes = library.tq_cuda_attend.argtypes
-        return library
-    raise ImportError(
-        f"turboquant: {_NAME} was not found; build it (docs/cuda.md) and name it in TURBOQUANT_CUDA_LIBRARY. "
-        f"Tried: {'; '.join(tried)}")
+    library = _find.load("turboquant_cuda", "TURBOQUANT_CUDA_LIBRARY", "docs/cuda.md")
+    library.tq_cuda_last_error.restype = ctypes.c_char_p
+    library.tq_cuda_page_bytes.restype = ctypes.c_size_t
+    library.tq_cuda_page_bytes.argtypes = [ctypes.POINTER(Cache)]
+    library.tq_cuda_encode.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Write), ctypes.c_void_p]
+    library.tq_cuda_read.argtypes = [
+        ctypes.POINTER(Cache), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
+    library.tq_cuda_workspace_bytes.argtypes = [
+        ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t)]
+    library.tq_cuda_attend.argtypes = [ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.c_void_p]
+    library.tq_cuda_prefill_workspace_bytes.argtypes = [
+        ctypes.POINTER(Cache), ctypes.POINTER(Attention), ctypes.POINTER(ctypes.c_size_t),
+        ctypes.POINTER(ctypes.c_size_t)]
+    library.tq_cuda_prefill.argtypes = library.tq_cuda_attend.argtypes
+    return library
 
 
 def check(status):
