@@ -192,69 +192,7 @@ TEST(CudaAttention, ManyRandomShapes) {
 
 TEST(CudaAttention, InAGraph) {
     TQ_NEED_GPU();
-    // Captured once, replayed with other lengths in the same device memory: nothing of them was read on the host.
-    CacheShape shape;
-    shape.n_pages = 64;
-    tq_cuda_cache cache = make_cache(shape);
-    const Device<uint8_t> pages(tq_cuda_page_bytes(&cache) * 64);
-    cache.pages = pages.get();
-    const int elements = shape.kv_heads * shape.head_size;
-    std::mt19937 random(3);
-    const Device<float> rows(make_rows(random, 4096, elements, shape.head_size, false));
-    std::vector<int64_t> slots(4096);
-    std::iota(slots.begin(), slots.end(), 0);
-    const Device<int64_t> device_slots(slots);
-    std::vector<int32_t> table(64);
-    std::iota(table.begin(), table.end(), 0);
-    const Device<int32_t> device_table(table);
-    const Device<int32_t> lengths(1);
-    const int heads = shape.kv_heads * 4;
-    const Device<float> q(make_rows(random, 1, heads * shape.head_size, shape.head_size, false));
-    const Device<float> out(static_cast<size_t>(heads * shape.head_size));
-    tq_cuda_write write{};
-    write.struct_size = sizeof write;
-    write.keys = write.values = rows.get();
-    write.key_stride = write.value_stride = elements;
-    write.key_head_stride = write.value_head_stride = shape.head_size;
-    write.n = 4096;
-    write.slots = device_slots.get();
-    tq_cuda_attention a{};
-    a.struct_size = sizeof a;
-    a.q = q.get();
-    a.out = out.get();
-    a.q_head = a.out_head = shape.head_size;
-    a.batch = 1;
-    a.q_len = 1;
-    a.heads = heads;
-    a.page_table = device_table.get();
-    a.page_table_stride = 64;
-    a.lengths = lengths.get();
-    size_t bytes = 0;
-    ASSERT_EQ(tq_cuda_workspace_bytes(&cache, &a, &bytes), TQ_OK);
-    const Device<uint8_t> workspace(bytes);
-    a.workspace = workspace.get();
-    a.workspace_size = bytes;
-    cudaStream_t stream = nullptr;
-    TQ_CUDA_OK(cudaStreamCreate(&stream));
-    TQ_CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    ASSERT_EQ(tq_cuda_encode(&cache, &write, stream), TQ_OK) << tq_cuda_last_error();
-    ASSERT_EQ(tq_cuda_attend(&cache, &a, stream), TQ_OK) << tq_cuda_last_error();
-    cudaGraph_t graph = nullptr;
-    TQ_CUDA_OK(cudaStreamEndCapture(stream, &graph));
-    cudaGraphExec_t exec = nullptr;
-    TQ_CUDA_OK(cudaGraphInstantiate(&exec, graph, 0));
-    for (const int32_t length : {4096, 10, 1000}) {
-        TQ_CUDA_OK(cudaMemcpy(lengths.get(), &length, sizeof length, cudaMemcpyHostToDevice));
-        TQ_CUDA_OK(cudaGraphLaunch(exec, stream));
-        TQ_CUDA_OK(cudaStreamSynchronize(stream));
-        const std::vector<float> replayed = out.host();
-        ASSERT_EQ(tq_cuda_attend(&cache, &a, stream), TQ_OK);
-        TQ_CUDA_OK(cudaStreamSynchronize(stream));
-        EXPECT_EQ(replayed, out.host()) << length;
-    }
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
+    check_in_a_graph(1, false);
 }
 
 TEST(CudaAttention, RefusesInWords) {

@@ -137,6 +137,12 @@ TEST(CudaPrefill, LargeScores) {
     check(c, 1.5e-3);
 }
 
+TEST(CudaPrefill, InAGraph) {
+    TQ_NEED_GPU();
+    check_in_a_graph(8, true);   // tokens split between blocks
+    check_in_a_graph(700, true); // one block a tile of queries
+}
+
 TEST(CudaPrefill, TypesAndAlignment) {
     TQ_NEED_GPU();
     for (const bool unaligned : {false, true}) {
