@@ -64,7 +64,8 @@ protected:
         return ggml_set_rows(ctx, cache, ggml_view_2d(ctx, k, elements, kTokens, k->nb[2], 0), index);
     }
     std::vector<RopePair> pairs_of(ggml_tensor* k, RopeTrace::Kind kind = RopeTrace::Kind::turns) {
-        const RopeTrace trace = trace_rope(written(k), static_cast<int>(k->ne[0]));
+        RopeTrace trace;
+        trace_rope(written(k), static_cast<int>(k->ne[0]), trace);
         EXPECT_EQ(static_cast<int>(trace.kind), static_cast<int>(kind));
         std::vector<RopePair> pairs;
         const Status status = rope_pairs(trace, cpu, pairs);
@@ -196,11 +197,18 @@ TEST_F(Rope, KeysThatDoNotTurnAndKeysOfUnknownOrigin) {
 }
 
 TEST_F(Rope, SignaturesTellGraphsApart) {
-    const auto signature = [&](const Scaling& s) { return trace_rope(written(rope(keys(64), s)), 64).signature(); };
+    RopeTrace trace; // used again and again, as the plug-in does
+    const auto signature_of = [&](ggml_tensor* k) {
+        std::vector<int32_t> out;
+        trace_rope(written(k), 64, trace);
+        trace.signature(out);
+        return out;
+    };
+    const auto signature = [&](const Scaling& s) { return signature_of(rope(keys(64), s)); };
     EXPECT_EQ(signature({}), signature({}));
     EXPECT_NE(signature({}), signature({.base = 20000}));
     EXPECT_NE(signature({}), signature({.mode = GGML_ROPE_TYPE_NEOX}));
-    EXPECT_NE(signature({}), trace_rope(written(keys(64)), 64).signature());
+    EXPECT_NE(signature({}), signature_of(keys(64)));
 }
 
 TEST_F(Rope, PositionsAreTakenOnlyWhenTheyCanBeRight) {
