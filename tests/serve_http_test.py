@@ -185,7 +185,7 @@ class Requests(WithServer):
         secret = "xyzzy plugh"
         status, headers, _ = self.server.ask("POST", CHAT, {**HELLO, "messages": [{"role": "user", "content": secret}]})
         self.assertEqual(status, 200)
-        line = next(l for l in self.server.requests_logged() if l["id"] == headers["X-Request-Id"])
+        line = self.server.request_logged(headers["X-Request-Id"])
         self.assertEqual((line["method"], line["path"], line["status"], line["completion_tokens"]), ("POST", CHAT, 200, 4))
         self.assertEqual(line["outcome"], "length")
         self.assertNotIn(secret, self.server.log())

@@ -45,6 +45,17 @@ class Server(ServerProcess):
         lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == "request"]
 
+    def request_logged(self, request_id):
+        """The line of one request. It is written after the answer, so perhaps after the client has it."""
+        deadline = time.monotonic() + 10
+        while True:
+            for line in self.requests_logged():
+                if line["id"] == request_id:
+                    return line
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no line of request {request_id}: {self.log()[-2000:]}")
+            time.sleep(0.05)
+
     def chat(self, text, n=16, **more):
         """The JSON of a greedy answer."""
         body = {"messages": text if isinstance(text, list) else [{"role": "user", "content": text}], "max_tokens": n,

@@ -470,7 +470,7 @@ void Task::score(int64_t tile) {
                           kTileRows, s_.scores + first * kTileRows, kTileRows, n, kTileRows, plan_.key_size, false);
         });
     }
-    if (coded && plan_.turning_mean) {
+    if (plan_.turning_mean) { // also without codes: how an exact score is rounded must not depend on other queries
         set_means(tile);
     }
     if (n_exact_ > 0) {
