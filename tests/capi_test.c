@@ -1,5 +1,5 @@
 /* The C interface as another engine uses it: create, write, attend, size, errors, destroy. */
-#include "turboquant/turboquant.h"
+#include "capi_testing.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -11,25 +11,6 @@
 #define HEADS 4
 #define ROWS 150
 #define ELEMENTS (HEAD * KV_HEADS)
-
-static int failures = 0;
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s; last error: %s\n", __FILE__, __LINE__, #condition, tq_last_error());           \
-            ++failures;                                                                                                \
-        }                                                                                                              \
-    } while (0)
-
-static float noise(void) {
-    float sum = 0;
-    int i;
-    for (i = 0; i < 12; ++i) {
-        sum += (float)rand() / (float)RAND_MAX;
-    }
-    return sum - 6.0f;
-}
 
 static tq_store* make_store(int32_t side, int bits, int window, tq_batch* batch) {
     static float x[ROWS * ELEMENTS];

@@ -385,6 +385,24 @@ inline void check(const AttentionCase& c, double bound = 3e-4) {
     EXPECT_LT(fixture.error(), bound) << c;
 }
 
+// A case with a mean for every 256 positions: fewer means than there are positions for, and more.
+inline void check_means_by_position(const AttentionCase& shape) {
+    for (const int blocks : {1, 2, 4, 40}) {
+        AttentionCase c = shape;
+        c.seed = static_cast<uint32_t>(blocks + c.q_len);
+        c.conditioned = true;
+        c.mu_blocks = blocks;
+        check(c, 6e-4);
+        c.sink_logits = true;
+        c.sinks = 4;
+        c.window = 40;
+        check(c, 1e-3);
+        c.softcap = 15;
+        c.sliding_window = 300;
+        check(c, 1e-3);
+    }
+}
+
 // Captured once, replayed with other lengths in the same device memory: nothing of them was read on the host.
 inline void check_in_a_graph(int q_len, bool prefill) {
     CacheShape shape;

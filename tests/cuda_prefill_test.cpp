@@ -88,20 +88,7 @@ TEST(CudaPrefill, ConditionedKeys) {
 TEST(CudaPrefill, AMeanForEvery256Positions) {
     TQ_NEED_GPU();
     for (const int q_len : {20, 150}) {
-        for (const int blocks : {1, 2, 4, 40}) { // fewer than there are positions for, and more
-            AttentionCase c = prefill_case(q_len, {900, 250, 257, 600});
-            c.seed = static_cast<uint32_t>(blocks + q_len);
-            c.conditioned = true;
-            c.mu_blocks = blocks;
-            check(c, 6e-4);
-            c.sink_logits = true;
-            c.sinks = 4;
-            c.window = 40;
-            check(c, 1e-3);
-            c.softcap = 15;
-            c.sliding_window = 300;
-            check(c, 1e-3);
-        }
+        check_means_by_position(prefill_case(q_len, {900, 250, 257, 600}));
     }
 }
 

@@ -2,6 +2,8 @@
  * order; refusals; threads of an OpenMP runtime. */
 #include "turboquant/paged.h"
 
+#include "capi_testing.h"
+
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -17,31 +19,6 @@
 #define PAGE 64
 #define PAGES 8
 #define TABLE 3
-
-static int failures = 0;
-
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: %s; last error: %s\n", __FILE__, __LINE__, #condition, tq_last_error());           \
-            ++failures;                                                                                                \
-        }                                                                                                              \
-    } while (0)
-
-#define CHECK_REFUSED(call, words)                                                                                     \
-    do {                                                                                                               \
-        CHECK((call) == TQ_INVALID_ARGUMENT);                                                                          \
-        CHECK(strstr(tq_last_error(), words) != NULL);                                                                 \
-    } while (0)
-
-static float noise(void) {
-    float sum = 0;
-    int i;
-    for (i = 0; i < 12; ++i) {
-        sum += (float)rand() / (float)RAND_MAX;
-    }
-    return sum - 6.0f;
-}
 
 static tq_paged_options options(void) {
     tq_paged_options o;

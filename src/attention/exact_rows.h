@@ -19,8 +19,8 @@ struct ExactRow {
 // The rows that are exact for at least one query of a call, in order of their index. Reused between calls.
 class ExactRows {
 public:
-    // role: whether these are the call's keys or its values. Errors: a staging offset outside the batch. A staging that is not the store's, or older than its last write,
-    // counts as none. May throw bad_alloc.
+    // role: whether these are the call's keys or its values. Errors: a staging offset outside the batch. A staging that is
+    // not the store's, or older than its last write, counts as none. May throw bad_alloc.
     Status collect(const Store& store, const Staging* staging, const AttentionCall& call, Side role);
 
     bool empty() const { return rows_.empty(); }
