@@ -328,6 +328,18 @@ class Ends(unittest.TestCase):
                 server.wait_ready()
                 self.assertEqual(server.post(CHAT, HELLO)[0], 200)
 
+    def test_measuring_the_keys_leaves_no_threads(self):
+        # OpenMP's threads of the measuring, were they left, would slow every answer until the next start.
+        threads = []
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in ("measures the keys", "finds the profile"):
+                with Server("--ctx", 512, "--parallel", 1, "--threads", 2, XDG_CACHE_HOME=folder) as server:
+                    self.assertEqual(server.post(CHAT, HELLO)[0], 200)
+                    time.sleep(0.5)  # they end by themselves
+                    threads.append(len(os.listdir(f"/proc/{server.process.pid}/task")))
+                    self.assertEqual("keys measured" in server.log(), len(threads) == 1)
+        self.assertEqual(threads[0], threads[1])
+
     def test_sigterm_finishes_what_is_running(self):
         with Server("--ctx", 1024, "--parallel", 1) as server:
             stream = RawStream(server, {**ENDLESS, "max_tokens": 60})

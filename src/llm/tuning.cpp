@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <future>
 
 #include <fmt/format.h>
 #include <ggml-backend.h>
@@ -93,9 +94,7 @@ std::vector<std::vector<Token>> tuning_chunks(const Model& model, std::string_vi
     return chunks;
 }
 
-} // namespace
-
-Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, const TuneOptions& options) {
+Tuned tune_here(const Model& model, const ModelPlan& plan, std::string_view text, const TuneOptions& options) {
     const std::vector<std::vector<Token>> chunks = tuning_chunks(model, text, options);
     const auto length = static_cast<int64_t>(chunks.front().size());
     const int64_t total = length * static_cast<int64_t>(chunks.size());
@@ -129,6 +128,15 @@ Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, con
     tuner.write(file.path(), model.identity(), fmt::format("{}, {} tokens", options.text_name, result.tokens));
     result.profile = load_profile(file.path(), cache);
     return result;
+}
+
+} // namespace
+
+// In a thread that ends: OpenMP keeps a pool of threads for each thread that computed, and once all pools together have more
+// threads than the machine has cores, waiting threads go to sleep at every barrier. `tq serve` answers from another thread
+// than this one's caller: its answers took up to twice as long until the next start.
+Tuned tune(const Model& model, const ModelPlan& plan, std::string_view text, const TuneOptions& options) {
+    return std::async(std::launch::async, [&] { return tune_here(model, plan, text, options); }).get();
 }
 
 std::string keep_profile(const Model& model, const Profile& profile) {
