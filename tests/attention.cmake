@@ -1,6 +1,6 @@
 # Tests of attention.
 tq_add_test(attention_test SOURCES attention_cases_test.cpp attention_features_test.cpp
-    attention_paging_test.cpp attention_visibility_test.cpp LABELS core)
+    attention_jobs_test.cpp attention_paging_test.cpp attention_visibility_test.cpp LABELS core)
 # It replaces operator new, which the sanitizers do themselves; GCC takes its delete for a mismatch when it inlines one of the two.
 if(NOT TURBOQUANT_SANITIZE)
     tq_add_test(attention_memory_test SOURCES attention_memory_test.cpp LABELS core)

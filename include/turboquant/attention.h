@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 
 namespace turboquant {
 
@@ -98,6 +99,19 @@ private:
 // same inputs, instruction set and number of workers. Errors name the shapes. Reads the stores only.
 Status attend(const Store& k, const Store& v, const AttentionCall& call, AttentionWorkspace& workspace,
               const ParallelFor& parallel, Isa isa);
+
+// One of several calls that are made together. The stores are borrowed, as the call's pointers are.
+struct AttentionJob {
+    const Store* keys = nullptr;
+    const Store* values = nullptr;
+    AttentionCall call;
+};
+
+// attend() of each job, to the last bit, but the work of all is shared out together: for the sequences of a batch, whose
+// single queries are too little for all threads. Outputs must not overlap; stores may be the same. Errors: the first job's
+// that has one; the outputs are undefined then.
+Status attend_all(std::span<const AttentionJob> jobs, AttentionWorkspace& workspace, const ParallelFor& parallel,
+                  Isa isa);
 
 // The plain version that all others are tested against: one row after the other in double precision, no threads.
 Status attend_reference(const Store& k, const Store& v, const AttentionCall& call);

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <new>
 #include <vector>
 
@@ -151,19 +152,53 @@ struct Scratch {
 
 namespace turboquant {
 
+namespace attention {
+
+// One of the calls that are worked on together.
+struct Job {
+    const Store* keys = nullptr;
+    const Store* values = nullptr;
+    Plan plan;
+    ExactRows exact_keys;
+    ExactRows exact_values;
+    Visibility visibility;
+    const LevelTables* key_tables = nullptr; // of the workspace; null: the side has no codes
+    const LevelTables* value_tables = nullptr;
+    size_t scratch_bytes = 0; // of a worker
+    Arena partial_arena;
+    std::vector<Sums> partials; // [kv_head][split], each of all entries
+    int64_t first_task = 0;     // among the tasks of all jobs
+    int64_t first_merge = 0;
+    Status status;
+};
+
+struct Worker {
+    Arena arena;
+    Scratch scratch;
+    const Job* job = nullptr; // that scratch is carved for
+
+    Scratch& scratch_for(const Job& wanted) {
+        if (job != &wanted) {
+            job = &wanted;
+            Carver carver(arena.data());
+            scratch.carve(carver, wanted.plan, !wanted.exact_keys.empty(), !wanted.exact_values.empty());
+        }
+        return scratch;
+    }
+};
+
+} // namespace attention
+
 struct AttentionWorkspace::Impl {
-    attention::LevelTables key_tables;
-    attention::LevelTables value_tables;
-    std::vector<attention::Arena> arenas;      // one a worker
-    std::vector<attention::Scratch> scratches; // one a worker
-    attention::Arena partial_arena;
-    std::vector<attention::Sums> partials; // [kv_head][split], each of all entries
-    attention::ExactRows exact_keys;
-    attention::ExactRows exact_values;
-    attention::Visibility visibility;
+    static constexpr int kWidths = 9;            // tables are at [bits]
     const attention::Kernels* kernels = nullptr; // that the tables are for
-    int key_bits = 0;
-    int value_bits = 0;
+    attention::LevelTables key_tables[kWidths];
+    attention::LevelTables value_tables[kWidths];
+    bool has_key_tables[kWidths] = {};
+    bool has_value_tables[kWidths] = {};
+    std::vector<attention::Worker> workers;
+    std::deque<attention::Job> jobs; // some more than the call has, perhaps
+    std::vector<attention::Job*> order;
 };
 
 } // namespace turboquant

@@ -6,6 +6,7 @@ target_sources(turboquant PRIVATE
     attention/kernels_portable.cpp
     attention/plan.cpp
     attention/reference.cpp
+    attention/task.cpp
     attention/visibility.cpp)
 
 # Attention may contract a*b+c (its results differ by rounding between instruction sets anyway), the codec may not.

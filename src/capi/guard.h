@@ -14,10 +14,11 @@
 
 struct tq_workspace {
     turboquant::AttentionWorkspace workspace;
-    // Of a sequence of a paged cache (paged.cpp).
-    std::vector<int32_t> tiles;
-    std::vector<turboquant::RowRange> ranges;
-    std::vector<turboquant::GivenRow> given;
+    // Of the sequences of a paged cache (paged.cpp).
+    std::vector<std::vector<int32_t>> tiles;
+    std::vector<turboquant::RowRange> ranges; // [sequence][query]
+    std::vector<std::vector<turboquant::GivenRow>> given;
+    std::vector<turboquant::AttentionJob> jobs;
 };
 
 namespace turboquant::capi {

@@ -385,9 +385,12 @@ tq_status tq_paged_attend(const tq_paged* cache, const tq_paged_attention* atten
         const tq_paged_options& o = cache->options;
         const turboquant::ParallelFor parallel = parallel_for(a.parallel);
         const int64_t tiles_a_page = o.page_size / kTileRows;
-        std::vector<int32_t>& tiles = workspace->tiles;
+        const auto batch = static_cast<size_t>(a.batch);
         std::vector<turboquant::RowRange>& ranges = workspace->ranges;
-        ranges.resize(static_cast<size_t>(a.q_len));
+        ranges.resize(batch * static_cast<size_t>(a.q_len));
+        workspace->tiles.resize(std::max(workspace->tiles.size(), batch));
+        workspace->given.resize(std::max(workspace->given.size(), batch));
+        workspace->jobs.clear();
 
         turboquant::AttentionCall call;
         call.q_query_stride = a.q_query;
@@ -404,29 +407,28 @@ tq_status tq_paged_attend(const tq_paged* cache, const tq_paged_attention* atten
         for (int32_t b = 0; b < a.batch; ++b) {
             const int64_t length = a.lengths[b];
             const int64_t first_end = a.not_causal != 0 ? length : length - a.q_len + 1;
+            turboquant::RowRange* range = ranges.data() + static_cast<ptrdiff_t>(b) * a.q_len;
             for (int32_t i = 0; i < a.q_len; ++i) {
                 const int64_t end = a.not_causal != 0 ? length : first_end + i;
-                ranges[static_cast<size_t>(i)] = {
-                    a.sliding_window > 0 ? std::max<int64_t>(end - a.sliding_window, 0) : 0, end};
+                range[i] = {a.sliding_window > 0 ? std::max<int64_t>(end - a.sliding_window, 0) : 0, end};
             }
+            std::vector<int32_t>& tiles = workspace->tiles[static_cast<size_t>(b)];
+            std::vector<turboquant::GivenRow>& given = workspace->given[static_cast<size_t>(b)];
             tiles.clear();
             const int32_t* pages = a.page_table + b * a.page_table_stride;
             for (int64_t t = 0; t * kTileRows < length; ++t) {
                 tiles.push_back(static_cast<int32_t>(pages[t / tiles_a_page] * tiles_a_page + t % tiles_a_page));
             }
-            collect_exact(*cache, a, b, first_end, workspace->given);
+            collect_exact(*cache, a, b, first_end, given);
             call.q = a.q + b * a.q_batch;
             call.out = a.out + b * a.out_batch;
             call.n_rows = length;
             call.tiles = tiles.data();
-            call.ranges = ranges.data();
-            call.given = workspace->given.data();
-            call.n_given = static_cast<int64_t>(workspace->given.size());
-            if (Status s = turboquant::attend(*cache->keys, *cache->values, call, workspace->workspace, parallel, isa);
-                !s.ok()) {
-                return s;
-            }
+            call.ranges = range;
+            call.given = given.data();
+            call.n_given = static_cast<int64_t>(given.size());
+            workspace->jobs.push_back({cache->keys.get(), cache->values.get(), call});
         }
-        return {};
+        return turboquant::attend_all(workspace->jobs, workspace->workspace, parallel, isa);
     });
 }

@@ -36,6 +36,7 @@ float op_float(const ggml_tensor* op, int index) {
 }
 
 constexpr uint16_t kHalfMinusInfinity = 0xFC00;
+constexpr int64_t kFewRows = 16; // of a stream: written by one thread
 
 // How many of the mask's columns are visible, counted until `enough`.
 int64_t count_visible(const uint16_t* mask, int64_t n, int64_t enough) {
@@ -127,6 +128,46 @@ const int32_t* OpContext::batch_positions(const KvTensor& tensor, const RopeTrac
     return static_cast<int64_t>(positions_.size()) == n ? positions_.data() : nullptr;
 }
 
+Status OpContext::find_runs(const ggml_tensor* indices, int64_t n, KvTensor& tensor) {
+    std::vector<Batch>& batches = this->batches(tensor.side());
+    batches.resize(std::max(batches.size(), static_cast<size_t>(tensor.streams())));
+    for (Batch& batch : batches) {
+        batch.store = nullptr;
+        batch.staged = false;
+        batch.keys.clear();
+        batch.positions.clear();
+    }
+    runs_.clear();
+    cells_.clear();
+    for (int64_t begin = 0; begin < n;) {
+        const int64_t stream = index_at(indices, begin) / tensor.cells();
+        if (stream < 0 || stream >= tensor.streams()) {
+            return invalid(tensor.name() + ": row index " + std::to_string(index_at(indices, begin)) +
+                           " is outside the cache");
+        }
+        int64_t end = begin;
+        for (; end < n && index_at(indices, end) / tensor.cells() == stream; ++end) {
+            cells_.push_back(index_at(indices, end) % tensor.cells());
+        }
+        const Store& store = *tensor.store(stream);
+        Batch& batch = batches[static_cast<size_t>(stream)];
+        // A single row needs no staging when there is a ring: after the write the ring is what the query is to see.
+        // Nor can a stream that a batch visits twice be staged: its queries then see the ring as it is at the end.
+        const bool first_visit = batch.store == nullptr;
+        const bool ring = store.options().window > 0 || store.calibrating();
+        const bool exact_rows = ring || store.options().sink_slots > 0;
+        batch.staged = exact_rows && first_visit && (end - begin > 1 || !ring);
+        if (first_visit) {
+            batch.store = &store;
+            batch.cells.clear();
+        }
+        batch.cells.insert(batch.cells.end(), cells_.begin() + begin, cells_.end());
+        runs_.push_back({stream, begin, end, &batch, first_visit, {}});
+        begin = end;
+    }
+    return {};
+}
+
 Status OpContext::set_rows(const ggml_tensor* op) {
     const KvRef kv = find_kv(op);
     const ggml_tensor* rows = op->src[0];
@@ -152,14 +193,6 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         x = rows_.data();
         stride = rows->ne[0];
     }
-    std::vector<Batch>& batches = this->batches(tensor.side());
-    batches.resize(std::max(batches.size(), static_cast<size_t>(tensor.streams())));
-    for (Batch& batch : batches) {
-        batch.store = nullptr;
-        batch.staged = false;
-        batch.keys.clear();
-        batch.positions.clear();
-    }
     const int32_t* positions = nullptr;
     bool keep_keys = false;
     if (tensor.side() == Side::key) {
@@ -170,46 +203,38 @@ Status OpContext::set_rows(const ggml_tensor* op) {
         positions = batch_positions(tensor, trace_, n);
         keep_keys = tuning() || tensor.key_source().wants_rows();
     }
-    for (int64_t begin = 0; begin < n;) {
-        const int64_t stream = index_at(indices, begin) / tensor.cells();
-        if (stream < 0 || stream >= tensor.streams()) {
-            return invalid(tensor.name() + ": row index " + std::to_string(index_at(indices, begin)) +
-                           " is outside the cache");
+    if (Status status = find_runs(indices, n, tensor); !status.ok()) {
+        return status;
+    }
+    const auto write = [&](Run& run, const ParallelFor& parallel) {
+        Store& store = *tensor.store(run.stream);
+        run.status = store.write(x + run.begin * stride, stride, cells_.data() + run.begin, run.end - run.begin,
+                                 parallel, run.batch->staged ? &run.batch->staging : nullptr,
+                                 positions != nullptr ? positions + run.begin : nullptr);
+    };
+    const bool once = std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.first_visit; });
+    const bool few_each = n < kFewRows * static_cast<int64_t>(runs_.size());
+    if (once && few_each && runs_.size() > 1) { // stores are independent of each other
+        parallel()(static_cast<int64_t>(runs_.size()),
+                   [&](int64_t i, int) { write(runs_[static_cast<size_t>(i)], ParallelFor{}); });
+    } else {
+        for (Run& run : runs_) {
+            write(run, parallel());
         }
-        cells_.clear();
-        int64_t end = begin;
-        for (; end < n && index_at(indices, end) / tensor.cells() == stream; ++end) {
-            cells_.push_back(index_at(indices, end) % tensor.cells());
+    }
+    for (const Run& run : runs_) {
+        if (!run.status.ok()) {
+            return {run.status.code(), tensor.name() + ": " + run.status.message()};
         }
-        Store& store = *tensor.store(stream);
-        Batch& batch = batches[static_cast<size_t>(stream)];
-        // A single row needs no staging when there is a ring: after the write the ring is what the query is to see.
-        // Nor can a stream that a batch visits twice be staged: its queries then see the ring as it is at the end.
-        const bool first_visit = batch.store == nullptr;
-        const bool ring = store.options().window > 0 || store.calibrating();
-        const bool exact_rows = ring || store.options().sink_slots > 0;
-        batch.staged = exact_rows && first_visit && (end - begin > 1 || !ring);
-        Status status =
-            store.write(x + begin * stride, stride, cells_.data(), end - begin, parallel(),
-                        batch.staged ? &batch.staging : nullptr, positions != nullptr ? positions + begin : nullptr);
-        if (!status.ok()) {
-            return {status.code(), tensor.name() + ": " + status.message()};
+        for (int64_t i = run.begin; i < run.end && !tensor.damaged().empty(); ++i) {
+            tensor.mark_written(run.stream * tensor.cells() + cells_[static_cast<size_t>(i)]);
         }
-        for (size_t i = 0; i < cells_.size() && !tensor.damaged().empty(); ++i) {
-            tensor.mark_written(stream * tensor.cells() + cells_[i]);
-        }
-        if (first_visit) {
-            batch.store = &store;
-            batch.cells.assign(cells_.begin(), cells_.end());
-        } else {
-            batch.cells.insert(batch.cells.end(), cells_.begin(), cells_.end());
-        }
-        for (int64_t i = begin; i < end && keep_keys; ++i) {
+        Batch& batch = *run.batch;
+        for (int64_t i = run.begin; i < run.end && keep_keys; ++i) {
             batch.keys.insert(batch.keys.end(), x + i * stride, x + i * stride + tensor.elements());
-            batch.positions.push_back(
-                positions != nullptr ? positions[i] : static_cast<int32_t>(cells_[static_cast<size_t>(i - begin)]));
+            batch.positions.push_back(positions != nullptr ? positions[i]
+                                                           : static_cast<int32_t>(cells_[static_cast<size_t>(i)]));
         }
-        begin = end;
     }
     return {};
 }
@@ -352,11 +377,14 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
     if (Status status = observe(op, *keys.buffer, *keys.tensor, first_stream); !status.ok()) {
         return status;
     }
+    jobs_.resize(static_cast<size_t>(k->ne[3]));
     for (int64_t s = 0; s < k->ne[3]; ++s) {
         const int64_t stream = first_stream + s;
-        Store& k_store = *keys.tensor->store(stream);
-        Store& v_store = *values.tensor->store(stream);
-        AttentionCall call;
+        const Store& k_store = *keys.tensor->store(stream);
+        const Store& v_store = *values.tensor->store(stream);
+        AttentionJob& job = jobs_[static_cast<size_t>(s)];
+        job = {&k_store, &v_store, {}};
+        AttentionCall& call = job.call;
         call.n_queries = q->ne[1];
         call.n_heads = static_cast<int>(q->ne[2]);
         call.q = reinterpret_cast<const float*>(static_cast<const char*>(q->data) + static_cast<size_t>(s) * q->nb[3]);
@@ -377,19 +405,15 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
         call.out_query_stride = static_cast<int64_t>(op->nb[2] / sizeof(float));
         call.value_size = shared ? static_cast<int>(v->ne[0]) : 0;
 
-        Batch* k_batch = find_batch(Side::key, stream, &k_store, call.n_queries);
-        Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, &v_store, call.n_queries);
         for (const KvTensor* tensor : {keys.tensor, values.tensor}) {
             if (Status status = check_damaged(*tensor, stream, call); !status.ok()) {
                 return status;
             }
         }
+        Batch* k_batch = find_batch(Side::key, stream, &k_store, call.n_queries);
+        Batch* v_batch = shared ? nullptr : find_batch(Side::value, stream, &v_store, call.n_queries);
         call.k_staging = k_batch != nullptr && k_batch->staged ? &k_batch->staging : nullptr;
         call.v_staging = shared ? call.k_staging : v_batch != nullptr && v_batch->staged ? &v_batch->staging : nullptr;
-        if (Status status = attend(k_store, v_store, call, workspace_, parallel(), keys.tensor->config().isa);
-            !status.ok()) {
-            return {status.code(), keys.tensor->name() + ": " + status.message()};
-        }
         // Layers that read these rows again without writing them see the stores as they are now.
         if (k_batch != nullptr) {
             k_batch->store = nullptr;
@@ -397,6 +421,9 @@ Status OpContext::flash_attention(const ggml_tensor* op) {
         if (v_batch != nullptr) {
             v_batch->store = nullptr;
         }
+    }
+    if (Status status = attend_all(jobs_, workspace_, parallel(), keys.tensor->config().isa); !status.ok()) {
+        return {status.code(), keys.tensor->name() + ": " + status.message()};
     }
     return {};
 }

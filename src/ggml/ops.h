@@ -40,6 +40,17 @@ private:
         std::vector<float> keys;
         std::vector<int32_t> positions;
     };
+    // Neighbouring rows of a SET_ROWS that go to one stream.
+    struct Run {
+        int64_t stream = 0;
+        int64_t begin = 0;
+        int64_t end = 0;
+        Batch* batch = nullptr;
+        bool first_visit = false;
+        Status status;
+    };
+    // Finds the runs of n rows; cells_[i]: row i's cell in its stream.
+    Status find_runs(const ggml_tensor* indices, int64_t n, KvTensor& tensor);
     std::vector<Batch>& batches(Side side) { return batches_[side == Side::key ? 0 : 1]; }
     Status learn_rope(KvBuffer& buffer, KvTensor& tensor, const RopeTrace& trace);
     // Of the rows that a key tensor is about to get; null if unknown.
@@ -58,6 +69,8 @@ private:
     AttentionWorkspace workspace_;
     std::vector<float> rows_;
     std::vector<int64_t> cells_;
+    std::vector<Run> runs_;
+    std::vector<AttentionJob> jobs_;
     RopeTrace trace_;
     std::vector<int32_t> signature_;
     ggml_backend_t cpu_ = nullptr;
