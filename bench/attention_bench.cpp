@@ -4,22 +4,20 @@
 //   attention_bench [--benchmark_filter=decode/avx512]
 //
 // decode reports ns_per_head_row (one query head, one row) and the bytes of codes and scales read; prefill GFLOP/s
-// (two products of 2 * head_size floating-point operations for each query head and row).
+// (two products of 2 * head_size floating-point operations for each query head and row). batch is a token of each of eight
+// sequences; its threads go up to the processor's.
 #include "turboquant/attention.h"
 
 #include <benchmark/benchmark.h>
+#include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 using namespace turboquant;
@@ -36,78 +34,17 @@ void check(const Status& s) {
     }
 }
 
-// Workers that wait for work between calls, as a host's pool does.
-class Pool {
-public:
-    explicit Pool(int n) : n_(n) {
-        for (int w = 1; w < n; ++w) {
-            threads_.emplace_back([this, w] { work(w); });
-        }
-    }
-    ~Pool() {
-        {
-            const std::lock_guard lock(mutex_);
-            stop_ = true;
-        }
-        wake_.notify_all();
-        for (std::thread& t : threads_) {
-            t.join();
-        }
-    }
-    ParallelFor parallel() { return {n_ > 1 ? &Pool::run : nullptr, this, n_}; }
-
-private:
-    static void run(void* context, int64_t n_tasks, ParallelFor::Task task, void* arg) {
-        Pool& p = *static_cast<Pool*>(context);
-        {
-            const std::lock_guard lock(p.mutex_);
-            p.task_ = task;
-            p.arg_ = arg;
-            p.n_tasks_ = n_tasks;
-            p.next_ = 0;
-            p.busy_ = p.n_ - 1;
-            ++p.round_;
-        }
-        p.wake_.notify_all();
-        p.drain(0);
-        std::unique_lock lock(p.mutex_);
-        p.done_.wait(lock, [&] { return p.busy_ == 0; });
-    }
-    void drain(int worker) {
-        for (int64_t i = next_++; i < n_tasks_; i = next_++) {
-            task_(arg_, i, worker);
-        }
-    }
-    void work(int worker) {
-        uint64_t seen = 0;
-        std::unique_lock lock(mutex_);
-        for (;;) {
-            wake_.wait(lock, [&] { return stop_ || round_ != seen; });
-            if (stop_) {
-                return;
-            }
-            seen = round_;
-            lock.unlock();
-            drain(worker);
-            lock.lock();
-            if (--busy_ == 0) {
-                done_.notify_one();
-            }
-        }
-    }
-    int n_;
-    std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::condition_variable done_;
-    ParallelFor::Task task_ = nullptr;
-    void* arg_ = nullptr;
-    int64_t n_tasks_ = 0;
-    std::atomic<int64_t> next_{0};
-    int busy_ = 0;
-    uint64_t round_ = 0;
-    bool stop_ = false;
-};
+// OpenMP's threads, as ggml and the plug-in use them.
+ParallelFor parallel_for(int& workers) {
+    return {[](void* context, int64_t n_tasks, ParallelFor::Task task, void* arg) {
+                const int n = *static_cast<const int*>(context);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n)
+                for (int64_t i = 0; i < n_tasks; ++i) {
+                    task(arg, i, omp_get_thread_num());
+                }
+            },
+            &workers, workers};
+}
 
 struct Shape {
     int head_size = 128;
@@ -168,29 +105,40 @@ Stores& stores_of(const Shape& shape) {
     return last;
 }
 
-void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
-    const Stores& stores = stores_of(shape);
-    const size_t n = static_cast<size_t>(shape.queries * shape.heads * shape.head_size);
-    std::vector<float> q(n);
-    std::vector<float> out(n);
-    std::mt19937 random(3);
-    std::normal_distribution<float> normal;
-    for (float& x : q) {
-        x = normal(random);
+// `sequences` times as many queries, each over all rows.
+struct Calls {
+    Calls(const Shape& shape, int64_t sequences) {
+        const auto n = static_cast<size_t>(shape.queries * shape.heads * shape.head_size);
+        q.resize(n * static_cast<size_t>(sequences));
+        out.resize(q.size());
+        std::mt19937 random(3);
+        std::normal_distribution<float> normal;
+        std::generate(q.begin(), q.end(), [&] { return normal(random); });
+        const Stores& stores = stores_of(shape);
+        for (size_t i = 0; i < static_cast<size_t>(sequences); ++i) {
+            AttentionCall call;
+            call.q = q.data() + i * n;
+            call.out = out.data() + i * n;
+            call.q_head_stride = call.out_head_stride = shape.head_size;
+            call.q_query_stride = call.out_query_stride = static_cast<int64_t>(shape.heads) * shape.head_size;
+            call.n_queries = shape.queries;
+            call.n_heads = shape.heads;
+            call.n_rows = shape.rows;
+            call.scale = 1 / std::sqrt(static_cast<float>(shape.head_size));
+            jobs.push_back({stores.k.get(), stores.v.get(), call});
+        }
     }
-    AttentionCall call;
-    call.q = q.data();
-    call.out = out.data();
-    call.q_head_stride = call.out_head_stride = shape.head_size;
-    call.q_query_stride = call.out_query_stride = static_cast<int64_t>(shape.heads) * shape.head_size;
-    call.n_queries = shape.queries;
-    call.n_heads = shape.heads;
-    call.n_rows = shape.rows;
-    call.scale = 1 / std::sqrt(static_cast<float>(shape.head_size));
+    std::vector<float> q;
+    std::vector<float> out;
+    std::vector<AttentionJob> jobs;
+};
+
+void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
+    const Calls calls(shape, 1);
+    const AttentionJob& job = calls.jobs.front();
     AttentionWorkspace workspace;
-    Pool pool(workers);
     for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores): Google Benchmark's way
-        check(attend(*stores.k, *stores.v, call, workspace, pool.parallel(), isa));
+        check(attend(*job.keys, *job.values, job.call, workspace, parallel_for(workers), isa));
         benchmark::ClobberMemory();
     }
     const double pairs = static_cast<double>(shape.queries) * shape.heads * static_cast<double>(shape.rows);
@@ -199,7 +147,7 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
     if (shape.queries == 1) {
         state.counters["ns_per_head_row"] =
             Counter(pairs * seconds_to_ns, Counter::kIsIterationInvariantRate | Counter::kInvert);
-        state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(stores.k->bytes() + stores.v->bytes()));
+        state.SetBytesProcessed(state.iterations() * static_cast<int64_t>(job.keys->bytes() + job.values->bytes()));
     } else {
         state.counters["GFLOP/s"] = Counter(pairs * 4 * shape.head_size * 1e-9, Counter::kIsIterationInvariantRate);
     }
@@ -213,6 +161,32 @@ void add(const std::string& kind, const Shape& shape, Isa isa, int workers) {
     const auto body = [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); };
     // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
     benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
+}
+
+// The next token of several sequences, as a server's batch asks for them: one call after the other, and all together.
+void add_batch(int64_t sequences, const Shape& shape, Isa isa, int workers) {
+    for (const bool together : {false, true}) {
+        const std::string name = std::string("batch/") + (together ? "together" : "one_by_one") + "/sequences" +
+                                 std::to_string(sequences) + "/rows" + std::to_string(shape.rows) + "/threads" +
+                                 std::to_string(workers);
+        const auto body = [=](benchmark::State& state) {
+            const Calls calls(shape, sequences);
+            int n = workers;
+            AttentionWorkspace workspace;
+            for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores)
+                if (together) {
+                    check(attend_all(calls.jobs, workspace, parallel_for(n), isa));
+                } else {
+                    for (const AttentionJob& job : calls.jobs) {
+                        check(attend(*job.keys, *job.values, job.call, workspace, parallel_for(n), isa));
+                    }
+                }
+                benchmark::ClobberMemory();
+            }
+        };
+        // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
+        benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
+    }
 }
 
 // A token's keys, written one after the other as in decoding. The instruction set is the store's: the default one.
@@ -268,6 +242,11 @@ int main(int argc, char** argv) {
         add_write({}, isa);
         add_write({.conditioned = true}, isa);
         add("prefill", {.key_bits = 16, .value_bits = 16, .rows = 8192, .queries = 512}, isa, 1);
+    }
+    for (const int64_t rows : {128, 1024, 8192}) {
+        for (int workers = 2; workers <= std::max(2, omp_get_num_procs()); workers *= 2) {
+            add_batch(8, {.rows = rows}, available_isas().back(), workers);
+        }
     }
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) {
