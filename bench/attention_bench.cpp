@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -153,40 +154,42 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
     }
 }
 
+void add_benchmark(const std::string& name, const std::function<void(benchmark::State&)>& body,
+                   benchmark::TimeUnit unit) {
+    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
+    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(unit);
+}
+
 void add(const std::string& kind, const Shape& shape, Isa isa, int workers) {
     const std::string name = kind + "/" + std::string(isa_name(isa)) + "/D" + std::to_string(shape.head_size) +
                              "/group" + std::to_string(shape.heads / kKvHeads) + "/" + std::to_string(shape.key_bits) +
                              "-" + std::to_string(shape.value_bits) + "/rows" + std::to_string(shape.rows) +
                              "/threads" + std::to_string(workers) + (shape.conditioned ? "/conditioned" : "");
     const auto body = [shape, isa, workers](benchmark::State& state) { run(state, shape, isa, workers); };
-    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
-    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
+    add_benchmark(name, body, benchmark::kMicrosecond);
 }
 
 // The next token of several sequences, as a server's batch asks for them: one call after the other, and all together.
-void add_batch(int64_t sequences, const Shape& shape, Isa isa, int workers) {
-    for (const bool together : {false, true}) {
-        const std::string name = std::string("batch/") + (together ? "together" : "one_by_one") + "/sequences" +
-                                 std::to_string(sequences) + "/rows" + std::to_string(shape.rows) + "/threads" +
-                                 std::to_string(workers);
-        const auto body = [=](benchmark::State& state) {
-            const Calls calls(shape, sequences);
-            int n = workers;
-            AttentionWorkspace workspace;
-            for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores)
-                if (together) {
-                    check(attend_all(calls.jobs, workspace, parallel_for(n), isa));
-                } else {
-                    for (const AttentionJob& job : calls.jobs) {
-                        check(attend(*job.keys, *job.values, job.call, workspace, parallel_for(n), isa));
-                    }
+void add_batch(bool together, int64_t sequences, const Shape& shape, Isa isa, int workers) {
+    const std::string name = std::string("batch/") + (together ? "together" : "one_by_one") + "/sequences" +
+                             std::to_string(sequences) + "/rows" + std::to_string(shape.rows) + "/threads" +
+                             std::to_string(workers);
+    const auto body = [=](benchmark::State& state) {
+        const Calls calls(shape, sequences);
+        int n = workers;
+        AttentionWorkspace workspace;
+        for (auto _ : state) { // NOLINT(clang-analyzer-deadcode.DeadStores)
+            if (together) {
+                check(attend_all(calls.jobs, workspace, parallel_for(n), isa));
+            } else {
+                for (const AttentionJob& job : calls.jobs) {
+                    check(attend(*job.keys, *job.values, job.call, workspace, parallel_for(n), isa));
                 }
-                benchmark::ClobberMemory();
             }
-        };
-        // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
-        benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMicrosecond);
-    }
+            benchmark::ClobberMemory();
+        }
+    };
+    add_benchmark(name, body, benchmark::kMicrosecond);
 }
 
 // A token's keys, written one after the other as in decoding. The instruction set is the store's: the default one.
@@ -212,8 +215,7 @@ void add_write(const Shape& shape, Isa isa) {
         state.counters["ns_per_head_row"] = benchmark::Counter(
             kKvHeads * 1e-9, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
     };
-    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
-    benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kNanosecond);
+    add_benchmark(name, body, benchmark::kNanosecond);
 }
 
 } // namespace
@@ -245,7 +247,9 @@ int main(int argc, char** argv) {
     }
     for (const int64_t rows : {128, 1024, 8192}) {
         for (int workers = 2; workers <= std::max(2, omp_get_num_procs()); workers *= 2) {
-            add_batch(8, {.rows = rows}, available_isas().back(), workers);
+            for (const bool together : {false, true}) {
+                add_batch(together, 8, {.rows = rows}, available_isas().back(), workers);
+            }
         }
     }
     benchmark::Initialize(&argc, argv);

@@ -260,6 +260,7 @@ private:
         const std::vector<float>& mu = p.exact->conditioning().mu;
         std::vector<float> x;
         std::vector<int32_t> positions; // long runs, and some rows of other sequences in between
+        positions.reserve(rows.size());
         for (int64_t r : rows) {
             positions.push_back(static_cast<int32_t>(r % 19 == 7 ? 5000 - r : case_.stride * r));
         }

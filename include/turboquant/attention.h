@@ -108,8 +108,8 @@ struct AttentionJob {
 };
 
 // attend() of each job, to the last bit, but the work of all is shared out together: for the sequences of a batch, whose
-// single queries are too little for all threads. Outputs must not overlap; stores may be the same. Errors: the first job's
-// that has one; the outputs are undefined then.
+// single queries are too little for all threads. Outputs must not overlap; stores may be the same. Errors are one job's; all
+// outputs are undefined then.
 Status attend_all(std::span<const AttentionJob> jobs, AttentionWorkspace& workspace, const ParallelFor& parallel,
                   Isa isa);
 

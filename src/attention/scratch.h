@@ -190,15 +190,15 @@ struct Worker {
 } // namespace attention
 
 struct AttentionWorkspace::Impl {
-    static constexpr int kWidths = 9;            // tables are at [bits]
-    const attention::Kernels* kernels = nullptr; // that the tables are for
+    static constexpr int kWidths = 9; // tables are at [bits]
     attention::LevelTables key_tables[kWidths];
     attention::LevelTables value_tables[kWidths];
-    bool has_key_tables[kWidths] = {};
-    bool has_value_tables[kWidths] = {};
+    const attention::Kernels* kernels = nullptr; // that the tables are for
     std::vector<attention::Worker> workers;
     std::deque<attention::Job> jobs; // some more than the call has, perhaps
     std::vector<attention::Job*> order;
+    bool has_key_tables[kWidths] = {};
+    bool has_value_tables[kWidths] = {};
 };
 
 } // namespace turboquant

@@ -12,6 +12,7 @@ namespace {
 
 // The threads are OpenMP's, which ggml's CPU back end uses too: one pool, not two that spin against each other.
 void run_openmp(void* context, int64_t n_tasks, ParallelFor::Task task, void* arg) {
+    // NOLINTNEXTLINE(clang-analyzer-deadcode.DeadStores): the clause below reads it
     const int n_workers = *static_cast<const int*>(context);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_workers)
     for (int64_t i = 0; i < n_tasks; ++i) {
