@@ -44,9 +44,10 @@ TEST(Memory, ReportedAndResidentAreTheCompressedSize) {
     EXPECT_NEAR(stock.reported_mib, f16, 0.01);
     EXPECT_GE(plugin.reported_mib, codes * 0.99);
     EXPECT_LE(plugin.reported_mib, codes * 1.15 + 0.5);
-    // The rest of a context is the same in both processes, but for the plug-in's scratch, which does not grow with it.
+    // The rest of a context is the same in both processes, but for the plug-in's scratch (4.7 to 5.1 MiB), which does not
+    // grow with it.
     const double saved = stock.grown_mib - plugin.grown_mib;
-    EXPECT_NEAR(saved, stock.reported_mib - plugin.reported_mib, 5);
+    EXPECT_NEAR(saved, stock.reported_mib - plugin.reported_mib, 7);
     EXPECT_LE(plugin.grown_mib, 0.6 * stock.grown_mib);
 }
 
