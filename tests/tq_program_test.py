@@ -345,8 +345,9 @@ class Chat(Case):
 
     def test_regen_reads_exact_rows_again(self):
         # A longer answer has moved the window of exact rows past the question's end.
-        question = ("Martha had kept the lamp of the lighthouse for eleven years. When the harbour board wrote that the light would be "
-                    "run by a machine, she read the letter twice, put it under the clock, and went up to trim the wick. What did she trim?")
+        # One without near ties at the answer's beginning, on any processor.
+        question = ("Name the seven days of the week, beginning with Monday, and then the twelve months of the year, "
+                    "beginning with January.")
         done = self.chat([question, "/regen"], "-n", 40, "--json")
         first, again = [json.loads(line) for line in done.out.splitlines()]
         self.assertGreater(first["stats"]["answer_tokens"], 12)

@@ -35,7 +35,7 @@ void fill_tables(const Codebook& book, Side side, const Kernels& kernels, LevelT
 const LevelTables* tables_of(const Store::Impl& store, Side side, const Kernels& kernels, LevelTables* tables,
                              bool* has_tables) {
     if (store.book == nullptr) {
-        return nullptr;
+        return tables; // of no bits: nobody reads it
     }
     const int bits = store.options.bits;
     if (!has_tables[bits]) {

@@ -162,7 +162,7 @@ struct Job {
     ExactRows exact_keys;
     ExactRows exact_values;
     Visibility visibility;
-    const LevelTables* key_tables = nullptr; // of the workspace; null: the side has no codes
+    const LevelTables* key_tables = nullptr; // of the workspace
     const LevelTables* value_tables = nullptr;
     size_t scratch_bytes = 0; // of a worker
     Arena partial_arena;
