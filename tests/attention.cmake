@@ -11,3 +11,8 @@ if(TARGET rapidcheck)
 else()
     message(WARNING "RapidCheck not found: attention_property_test is left out")
 endif()
+# The same on another processor, emulated.
+if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64" AND NOT TURBOQUANT_SANITIZE)
+    add_test(NAME neon_emulated COMMAND ${PROJECT_SOURCE_DIR}/scripts/test-neon)
+    set_tests_properties(neon_emulated PROPERTIES LABELS core TIMEOUT 600 SKIP_RETURN_CODE 77)
+endif()
