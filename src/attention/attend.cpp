@@ -32,27 +32,26 @@ void fill_tables(const Codebook& book, Side side, const Kernels& kernels, LevelT
     }
 }
 
-const LevelTables* tables_of(const Store::Impl& store, Side side, const Kernels& kernels, LevelTables* tables,
-                             bool* has_tables) {
+const LevelTables* tables_of(const Store::Impl& store, Side side, const Kernels& kernels, SideTables& tables) {
     if (store.book == nullptr) {
-        return tables; // of no bits: nobody reads it
+        return tables.at; // of no bits: nobody reads it
     }
     const int bits = store.options.bits;
-    if (!has_tables[bits]) {
-        fill_tables(*store.book, side, kernels, tables[bits]);
-        has_tables[bits] = true;
+    if (!tables.made[bits]) {
+        fill_tables(*store.book, side, kernels, tables.at[bits]);
+        tables.made[bits] = true;
     }
-    return tables + bits;
+    return tables.at + bits;
 }
 
 void find_tables(AttentionWorkspace::Impl& work, Job& job) {
     if (work.kernels != job.plan.kernels) {
         work.kernels = job.plan.kernels;
-        std::fill_n(work.has_key_tables, AttentionWorkspace::Impl::kWidths, false);
-        std::fill_n(work.has_value_tables, AttentionWorkspace::Impl::kWidths, false);
+        std::fill_n(work.key_tables.made, SideTables::kWidths, false);
+        std::fill_n(work.value_tables.made, SideTables::kWidths, false);
     }
-    job.key_tables = tables_of(*job.plan.k, Side::key, *work.kernels, work.key_tables, work.has_key_tables);
-    job.value_tables = tables_of(*job.plan.v, Side::value, *work.kernels, work.value_tables, work.has_value_tables);
+    job.key_tables = tables_of(*job.plan.k, Side::key, *work.kernels, work.key_tables);
+    job.value_tables = tables_of(*job.plan.v, Side::value, *work.kernels, work.value_tables);
 }
 
 Status out_of_memory(const AttentionCall& call) {

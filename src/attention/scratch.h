@@ -172,6 +172,13 @@ struct Job {
     Status status;
 };
 
+// Made when they are first asked for.
+struct SideTables {
+    static constexpr int kWidths = 9;
+    LevelTables at[kWidths]; // [bits]
+    bool made[kWidths] = {};
+};
+
 struct Worker {
     Arena arena;
     Scratch scratch;
@@ -190,15 +197,12 @@ struct Worker {
 } // namespace attention
 
 struct AttentionWorkspace::Impl {
-    static constexpr int kWidths = 9; // tables are at [bits]
-    attention::LevelTables key_tables[kWidths];
-    attention::LevelTables value_tables[kWidths];
+    attention::SideTables key_tables;
+    attention::SideTables value_tables;
     const attention::Kernels* kernels = nullptr; // that the tables are for
     std::vector<attention::Worker> workers;
     std::deque<attention::Job> jobs; // some more than the call has, perhaps
     std::vector<attention::Job*> order;
-    bool has_key_tables[kWidths] = {};
-    bool has_value_tables[kWidths] = {};
 };
 
 } // namespace turboquant
