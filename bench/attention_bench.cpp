@@ -156,7 +156,6 @@ void run(benchmark::State& state, const Shape& shape, Isa isa, int workers) {
 
 void add_benchmark(const std::string& name, const std::function<void(benchmark::State&)>& body,
                    benchmark::TimeUnit unit) {
-    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): the library keeps it
     benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(unit);
 }
 
