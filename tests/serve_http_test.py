@@ -299,8 +299,10 @@ class Ends(unittest.TestCase):
 
     def test_prompts_are_logged_when_asked_for(self):
         with Server("--ctx", 512, "--parallel", 1, "--log-prompts") as server:
-            server.chat("xyzzy plugh", 1)
-            self.assertIn("xyzzy plugh", server.log())
+            body = {"messages": [{"role": "user", "content": "xyzzy plugh"}], "max_tokens": 1}
+            status, headers, _ = server.ask("POST", CHAT, body)
+            self.assertEqual(status, 200)
+            self.assertIn("xyzzy plugh", server.request_logged(headers["X-Request-Id"])["prompt"])
 
     def test_timeout(self):
         with Server("--ctx", 8192, "--parallel", 1, "--timeout", 2) as server:
