@@ -67,6 +67,7 @@ class Case(unittest.TestCase):
 
     def setUp(self) -> None:
         self.open(self.server)
+        self.connected()
 
     def tearDown(self) -> None:
         self.page.answer_with(None)
