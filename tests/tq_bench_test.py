@@ -35,9 +35,8 @@ def positive(test, row, *keys):
 
 class BenchAttention(Case):
     def test_every_engine_and_what_more_context_costs(self):
-        done = self.succeeds("bench", "attention", *SMALL, "--context", "256,4096", "--kv", "4/4,8/4,f16,q8_0", "--isa",
-                             "all", "-o", "json")
-        rows = json.loads(done.out)
+        command = ("bench", "attention", *SMALL, "--context", "256,4096", "--kv", "4/4,8/4,f16,q8_0", "--isa", "all", "-o", "json")
+        rows = json.loads(self.succeeds(*command).out)
         isas = {row["isa"] for row in rows if row["engine"] == "turboquant"}
         self.assertIn("portable", isas)
         self.assertEqual(isas, {row["isa"] for row in rows if row["engine"] == "reference"})
@@ -56,12 +55,17 @@ class BenchAttention(Case):
             # The three say the same thing in other units.
             pairs = row["kv_heads"] * row["group"] * row["context"]
             self.assertAlmostEqual(row["gb_per_s"] * row["ns_per_head_token"] * pairs / row["bytes"], 1, delta=0.01)
-        by_context = {}
-        for row in rows:
-            time = row["ns_per_head_token"] * row["context"]
-            by_context.setdefault((row["engine"], row["kv"], row["layout"], row["isa"]), {})[row["context"]] = time
-        for name, times in by_context.items():
-            self.assertGreater(times[4096], 2 * times[256], name)  # sixteen times as many tokens
+        # Sixteen times as many tokens take longer; the fastest of some runs, for one alone may have met other work.
+        fastest = {}
+        for attempt in range(5):
+            for row in rows if attempt == 0 else json.loads(self.succeeds(*command).out):
+                name = (row["engine"], row["kv"], row["layout"], row["isa"])
+                times = fastest.setdefault(name, {256: math.inf, 4096: math.inf})
+                times[row["context"]] = min(times[row["context"]], row["ns_per_head_token"] * row["context"])
+            odd = {name: times for name, times in fastest.items() if times[4096] <= 2 * times[256]}
+            if not odd:
+                break
+        self.assertEqual(odd, {})
         four, f16 = [next(row["bytes"] for row in rows if row["kv"] == kv and row["context"] == 4096)
                      for kv in ("4/4", "f16")]
         self.assertAlmostEqual(four / f16, 4.25 / 16, delta=0.01)

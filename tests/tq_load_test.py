@@ -172,7 +172,7 @@ class Restart(Case):
 
 
 class BenchServe(Case):
-    FLAGS = ["bench", "serve", "--rounds", 1, "--threads", 2]
+    FLAGS = ["bench", "serve", "--rounds", 1, "--threads", 1]  # other tests run beside it
 
     def test_load_prefix_and_stall(self):
         done = self.succeeds(*self.FLAGS, "--kv", "tq4", "--tests", "throughput,prefix,stall", "--clients", "1,3", "--requests", 1,

@@ -1,4 +1,4 @@
-// The fixed rotation: which blocks, which signs. The transform itself is in kernels.inc.
+// The fixed rotation: which blocks, which signs. The transform itself is in hadamard.inc.
 #include "codec/codec_tables.h"
 #include "turboquant/codec.h"
 
