@@ -102,11 +102,13 @@ void check_encode(const EncodeCase& c, uint32_t seed) {
     // Memory that was something else before.
     const Device<uint8_t> pages(tq_cuda_page_bytes(&cache) * static_cast<size_t>(shape.n_pages), 0xa5);
     cache.pages = pages.get();
+    const int odd = c.scattered ? 1 : 0; // not aligned for vectors
+    means.insert(means.begin(), static_cast<size_t>(odd), 1e3F);
     const Device<float> mu(means);
     const Device<int64_t> device_positions(positions);
     const Device<float> lambda(conditioning.lambda);
     if (c.conditioned) {
-        cache.mu = mu.get();
+        cache.mu = mu.get() + odd;
         cache.lambda = lambda.get();
         cache.mu_blocks = c.turning ? kBlocks : 0;
     }

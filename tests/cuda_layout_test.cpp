@@ -1,8 +1,14 @@
-// The GPU's page layout: every bit of a tile belongs to exactly one code, and the places are what the kernels assume.
+// The GPU's page layout: every bit of a tile belongs to exactly one code, and the places are what the kernels assume. And
+// the tables by which it finds a code.
+#include "codec/codec_tables.h"
+#include "codec/kernels.h"
 #include "cuda/gpu_layout.h"
+#include "cuda/search_ranges.h"
 
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
 #include <set>
 #include <vector>
 
@@ -72,6 +78,48 @@ TEST(CudaLayout, ScalesOfATileDoNotOverlap) {
     }
     EXPECT_EQ(at.size(), 2U * kTileTokens);
     EXPECT_EQ(*at.rbegin(), 2 * kTileTokens - 1);
+}
+
+// What encode.cu's find_index does, in its operations.
+int found_index(const SearchRange (&ranges)[kFirstRanges], float magnitude, float sigma) {
+    const float scale = kFirstRanges * kRangeSteps / kFirstEnd / sigma;
+    const float place = std::fma(magnitude, scale, kIndexBase);
+    const uint32_t range = std::bit_cast<uint32_t>(place) / kRangeSteps % kSearchRanges;
+    const SearchRange& r = ranges[range < kFirstRanges ? range : kFirstRanges - 1];
+    return static_cast<int>(r.below - kIndexBase) + (magnitude > r.threshold * sigma ? 1 : 0);
+}
+
+TEST(CudaSearch, ARangeAndOneComparisonFindTheIndex) {
+    const EncodeTable& table = encode_table(4);
+    SearchRange ranges[kFirstRanges];
+    ASSERT_TRUE(search_ranges(table.threshold, table.n_thresholds, ranges));
+    for (const float sigma : {0x1p-30F, 0.0123F, 1.0F, 3.7F, 0x1p30F}) {
+        std::vector<float> magnitudes = {0};
+        for (int i = 1; i < 20000; ++i) { // to beyond the largest
+            magnitudes.push_back(static_cast<float>(i) * 21.4F / 20000 * sigma);
+        }
+        for (int k = 0; k < table.n_thresholds; ++k) {
+            const float edge = table.threshold[k] * sigma;
+            magnitudes.insert(magnitudes.end(), {std::nextafter(edge, 0.0F), edge, std::nextafter(edge, 2 * edge)});
+        }
+        for (const float m : magnitudes) {
+            int expected = 0;
+            for (int k = 0; k < table.n_thresholds; ++k) {
+                expected += m > table.threshold[k] * sigma ? 1 : 0;
+            }
+            ASSERT_EQ(found_index(ranges, m, sigma), expected) << m << " sigma " << sigma;
+        }
+    }
+}
+
+TEST(CudaSearch, RefusesThresholdsThatShareARange) {
+    SearchRange ranges[kFirstRanges];
+    const float apart[] = {0.3F, 0.9F};
+    const float close[] = {0.3F, 0.31F};
+    const float far[] = {0.3F, 2.7F};
+    EXPECT_TRUE(search_ranges(apart, 2, ranges));
+    EXPECT_FALSE(search_ranges(close, 2, ranges));
+    EXPECT_FALSE(search_ranges(far, 2, ranges));
 }
 
 } // namespace

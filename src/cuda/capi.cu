@@ -214,6 +214,9 @@ SideTable side_table(int bits, turboquant::ScaleRule rule, int head_size) {
         table.threshold[k] = from.threshold[k];
         table.step[k] = from.step[k];
     }
+    if (bits == 4) {
+        search_ranges(table.threshold, from.n_thresholds, table.search); // cuda_layout_test: no range holds two
+    }
     // As codec/kernels.inc computes them, rounded after every operation.
     const float size = std::sqrt(std::sqrt(static_cast<float>(head_size) / 64.0F));
     table.stretch_per_peak = from.stretch_slope / size;
@@ -354,6 +357,8 @@ tq_status tq_cuda_encode(const tq_cuda_cache* cache, const tq_cuda_write* write,
                                  ? 1
                                  : 0;
     }
+    args.condition_vectors =
+        (reinterpret_cast<uintptr_t>(args.cache.mu) | reinterpret_cast<uintptr_t>(args.cache.lambda)) % 16 == 0 ? 1 : 0;
     for (int pair = 0; pair < cache->head_size / 8; ++pair) {
         for (int w = 0; w < 4; ++w) {
             for (int i = 0; i < 2; ++i) {

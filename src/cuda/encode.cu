@@ -40,14 +40,17 @@ __device__ __forceinline__ float sum16(float (&p)[4]) {
     return __fadd_rn(__fadd_rn(p[0], p[2]), __fadd_rn(p[1], p[3]));
 }
 
-// Loads a row, rounds it to fp16 as the CPU does, and gives its conditioned, rotated numbers.
+__device__ __forceinline__ float4 load_four(const float* from, bool aligned) {
+    return aligned ? *reinterpret_cast<const float4*>(from) : float4{from[0], from[1], from[2], from[3]};
+}
+
+// A row as fp16, rounded as the CPU does; `at` is the lane's first element. Rows that are fp16 are not waited for. True:
+// something of a row that was not fp16 is not finite.
 template <int D>
-__device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_t token, int head, int w, Row<D>& row) {
-    constexpr int kSteps = Row<D>::kSteps;
-    const bool there = token < a.n;
-    const int64_t at = token * a.stride[side] + head * a.head_stride[side] + 4 * w;
+__device__ __forceinline__ bool load_row(const EncodeArgs& a, int side, int64_t at, bool there,
+                                         uint32_t (&halves)[D / 16][2]) {
+    constexpr int kSteps = D / 16;
     bool bad = false;
-    uint32_t halves[kSteps][2];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
         halves[k][0] = halves[k][1] = 0;
@@ -71,14 +74,6 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
                 }
             }
         }
-        if (a.cache.mu != nullptr && side == 0) { // any exponent of ones?
-            uint32_t seen = 0;
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-                seen |= ((halves[k][0] & 0x7fff7fffU) + 0x04000400U) | ((halves[k][1] & 0x7fff7fffU) + 0x04000400U);
-            }
-            bad = (seen & 0x80008000U) != 0;
-        } // without a mean the rotation spreads NaN and infinity over the whole row, whose largest tells
     } else if (there) {
         float finite = 0; // NaN once anything was not finite
 #pragma unroll
@@ -110,6 +105,22 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
         }
         bad = finite != finite;
     }
+    return bad;
+}
+
+// The conditioned, rotated numbers of a row.
+template <int D>
+__device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_t token, bool there, int head, int w,
+                                           bool bad, uint32_t (&halves)[D / 16][2], Row<D>& row) {
+    constexpr int kSteps = Row<D>::kSteps;
+    if (a.type == 1 && a.cache.mu != nullptr && side == 0) { // any exponent of ones?
+        uint32_t seen = 0;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            seen |= ((halves[k][0] & 0x7fff7fffU) + 0x04000400U) | ((halves[k][1] & 0x7fff7fffU) + 0x04000400U);
+        }
+        bad = (seen & 0x80008000U) != 0;
+    } // without a mean the rotation spreads NaN and infinity over the whole row, whose largest tells
     // A row with NaN or infinity is one of zeros (before the mean is taken off).
     const unsigned bad_lanes = __ballot_sync(kAll, bad);
     if (bad_lanes != 0) {
@@ -128,37 +139,64 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
         signs[i] = (w & 2) != 0 ? ((w & 1) != 0 ? of[3] : of[2]) : ((w & 1) != 0 ? of[1] : of[0]);
     }
     const uint32_t tags = head == 0 ? 0xfffefffeU : 0xffffffffU;
-    const float* mu = side == 0 ? a.cache.mu : nullptr;
-    if (mu != nullptr && a.cache.mu_blocks > 0 && there) {
-        mu += static_cast<int64_t>(mean_block(a.positions[token], a.cache.mu_blocks)) * a.cache.kv_heads * D;
+#pragma unroll
+    for (int k = 0; k < kTagElements / 16; ++k) {
+        halves[k][0] &= tags;
+        halves[k][1] &= tags;
     }
+    const auto flips = [&](int pair) { return signs[pair / 16] << (15 - pair % 16); }; // bits 15 and 31
+    const auto widen = [&](int k, int i, uint32_t two) {
+        const float2 x = __half22float2(reinterpret_cast<const __half2&>(two));
+        row.y[k][2 * i] = x.x;
+        row.y[k][2 * i + 1] = x.y;
+    };
+    const float* mu = side == 0 ? a.cache.mu : nullptr;
     const float* const lambda = side == 0 ? a.cache.lambda : nullptr;
+    if (mu == nullptr && lambda == nullptr) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+        for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int pair = 2 * k + i;
-            uint32_t two = halves[k][i] & (16 * k < kTagElements ? tags : 0xffffffffU);
-            const uint32_t flip = signs[pair / 16] << (15 - pair % 16) & 0x80008000U;
-            if (mu == nullptr && lambda == nullptr) {
-                two ^= flip;
+            for (int i = 0; i < 2; ++i) {
+                widen(k, i, halves[k][i] ^ (flips(2 * k + i) & 0x80008000U));
             }
-            float2 x = __half22float2(reinterpret_cast<const __half2&>(two));
-            if (mu != nullptr || lambda != nullptr) {
-                const int64_t channel = head * D + 16 * k + 4 * w + 2 * i;
-                if (mu != nullptr) {
-                    x.x = __fsub_rn(x.x, mu[channel]);
-                    x.y = __fsub_rn(x.y, mu[channel + 1]);
-                }
-                if (lambda != nullptr) {
-                    x.x = __fmul_rn(x.x, lambda[channel]);
-                    x.y = __fmul_rn(x.y, lambda[channel + 1]);
-                }
-                x.x = __uint_as_float(__float_as_uint(x.x) ^ (flip << 16 & 0x80000000U));
-                x.y = __uint_as_float(__float_as_uint(x.y) ^ (flip & 0x80000000U));
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            widen(k, 0, halves[k][0]);
+            widen(k, 1, halves[k][1]);
+        }
+        const int64_t channel = head * D + 4 * w;
+        if (mu != nullptr) {
+            if (a.cache.mu_blocks > 0 && there) {
+                mu += static_cast<int64_t>(mean_block(a.positions[token], a.cache.mu_blocks)) * a.cache.kv_heads * D;
             }
-            row.y[k][2 * i] = x.x;
-            row.y[k][2 * i + 1] = x.y;
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                const float4 four = load_four(mu + channel + 16 * k, a.condition_vectors != 0);
+                row.y[k][0] = __fsub_rn(row.y[k][0], four.x);
+                row.y[k][1] = __fsub_rn(row.y[k][1], four.y);
+                row.y[k][2] = __fsub_rn(row.y[k][2], four.z);
+                row.y[k][3] = __fsub_rn(row.y[k][3], four.w);
+            }
+        }
+        if (lambda != nullptr) {
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                const float4 four = load_four(lambda + channel + 16 * k, a.condition_vectors != 0);
+                row.y[k][0] = __fmul_rn(row.y[k][0], four.x);
+                row.y[k][1] = __fmul_rn(row.y[k][1], four.y);
+                row.y[k][2] = __fmul_rn(row.y[k][2], four.z);
+                row.y[k][3] = __fmul_rn(row.y[k][3], four.w);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t flip = flips(2 * k + i / 2) << (i % 2 == 0 ? 16 : 0) & 0x80000000U;
+                row.y[k][i] = __uint_as_float(__float_as_uint(row.y[k][i]) ^ flip);
+            }
         }
     }
     const auto butterfly = [](float& p, float& q) {
@@ -222,24 +260,29 @@ __device__ __forceinline__ float above(float a, float b) {
     return __saturatef(__fmaf_rn(a, 0x1p64F, b));
 }
 
-// How many thresholds lie below a magnitude, times `unit`, added to `sum`. Thresholds come times -2^64, but the middle
-// one of seven, which halves the search, as it is.
-template <int BITS>
-__device__ __forceinline__ float count_thresholds(const float (&threshold)[(1 << (BITS - 1)) - 1], float magnitude,
-                                                  float unit, float sum) {
-    if constexpr (BITS == 2) {
-        return fmaf(above(magnitude, threshold[0]), unit, sum);
-    } else if constexpr (BITS == 3) {
-        sum = fmaf(above(magnitude, threshold[0]), unit, sum);
-        sum = fmaf(above(magnitude, threshold[1]), unit, sum);
-        return fmaf(above(magnitude, threshold[2]), unit, sum);
-    } else {
-        const bool upper = magnitude > threshold[3];
-        sum = upper ? sum + 4 * unit : sum;
-        sum = fmaf(above(magnitude, upper ? threshold[4] : threshold[0]), unit, sum);
-        sum = fmaf(above(magnitude, upper ? threshold[5] : threshold[1]), unit, sum);
-        return fmaf(above(magnitude, upper ? threshold[6] : threshold[2]), unit, sum);
+// How many of a few thresholds lie below a magnitude, times `unit`, added to `sum`. Thresholds come times -2^64.
+template <int N>
+__device__ __forceinline__ float count_thresholds(const float (&threshold)[N], float magnitude, float unit, float sum) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        sum = fmaf(above(magnitude, threshold[k]), unit, sum);
     }
+    return sum;
+}
+
+// The same of many thresholds: kIndexBase + the count. The range that a magnitude lies in leaves one comparison. `scale`
+// turns a magnitude into steps; `unit` is -2^64 sigma; `search` an address in shared memory, of a table aligned to its
+// size.
+__device__ __forceinline__ float find_index(uint32_t search, float magnitude, float scale, float unit) {
+    static_assert(sizeof(SearchRange) == kRangeSteps); // so a step is a byte's address
+    constexpr uint32_t kMask = (kSearchRanges - 1) * kRangeSteps;
+    const float place = fmaf(magnitude, scale, kIndexBase);
+    float threshold;
+    float below;
+    asm("ld.shared.v2.f32 {%0, %1}, [%2];"
+        : "=f"(threshold), "=f"(below)
+        : "r"((__float_as_uint(place) & kMask) | search));
+    return above(magnitude, __fmul_rn(threshold, unit)) + below;
 }
 
 // Four bytes below 16 as four nibbles, in bits 0 to 7 and 16 to 23.
@@ -247,9 +290,15 @@ __device__ __forceinline__ uint32_t nibbles(uint32_t bytes) {
     return bytes | bytes >> 4;
 }
 
-// Codes of a row, channel c's to byte c of `codes`; returns the scale, in every lane.
+// The lowest bytes of four words.
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return prmt(prmt(a, b, 0x0040U), prmt(c, d, 0x0040U), 0x5410U);
+}
+
+// Codes of a row, channel c's to byte c of `codes`; returns the scale, in every lane. `search`: find_index.
 template <int D, int BITS>
-__device__ __forceinline__ uint16_t encode_row(const SideTable& table, Row<D>& row, int w, uint8_t* codes) {
+__device__ __forceinline__ uint16_t encode_row(const SideTable& table, uint32_t search, Row<D>& row, int w,
+                                               uint8_t* codes) {
     constexpr int kSteps = Row<D>::kSteps;
     // Below 2^-100 the scale is far under the smallest fp16. Lanes of a warp hold eight rows: no early return.
     const uint32_t top = __float_as_uint(row.top);
@@ -296,21 +345,24 @@ __device__ __forceinline__ uint16_t encode_row(const SideTable& table, Row<D>& r
                 dot[i] = __fadd_rn(dot[i], __fmul_rn(row.y[k][i], __fsub_rn(r, 12582912.0F)));
                 rounded[i] = __float_as_uint(r);
             }
-            packed[k] = prmt(prmt(rounded[0], rounded[1], 0x0040U), prmt(rounded[2], rounded[3], 0x0040U), 0x5410U);
+            packed[k] = low_bytes(rounded[0], rounded[1], rounded[2], rounded[3]);
             code2 = __dp4a(static_cast<int>(packed[k]), static_cast<int>(packed[k]), code2);
         }
     } else {
-        constexpr int kThresholds = (1 << (BITS - 1)) - 1;
         const float sigma0 = __fsqrt_rn(__fmul_rn(norm2, 1.0F / D)); // a power of two: as the division
         const float peak = __fdiv_rn(largest, sigma0);
         float stretch = __fadd_rn(1.0F, __fmul_rn(table.stretch_per_peak, __fsub_rn(peak, table.stretch_from)));
         stretch = 0.75F > stretch ? 0.75F : stretch;
         stretch = 1.25F < stretch ? 1.25F : stretch;
         const float sigma = __fmul_rn(sigma0, stretch);
-        float threshold[kThresholds];
+        // 4 bits search in ranges, others count.
+        constexpr int kCounted = BITS == 4 ? 1 : (1 << (BITS - 1)) - 1;
+        const float unit = sigma * -0x1p64F;
+        const float scale = __fdividef(kFirstRanges * kRangeSteps / kFirstEnd, sigma);
+        float threshold[kCounted];
 #pragma unroll
-        for (int k = 0; k < kThresholds; ++k) {
-            threshold[k] = __fmul_rn(table.threshold[k], sigma) * (BITS == 4 && k == 3 ? 1.0F : -0x1p64F);
+        for (int k = 0; k < kCounted; ++k) {
+            threshold[k] = __fmul_rn(table.threshold[k], unit);
         }
         constexpr uint32_t kLow = BITS == 2   ? bytes_of(35, 117, 0, 0)
                                   : BITS == 3 ? bytes_of(13, 41, 73, 117)
@@ -318,21 +370,33 @@ __device__ __forceinline__ uint16_t encode_row(const SideTable& table, Row<D>& r
         constexpr uint32_t kHigh = bytes_of(49, 63, 81, 107); // of 4 bits
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
-            // Two indices a byte apart, counted in the low bits of a float.
-            uint32_t pairs[2];
+            uint32_t index;
+            if constexpr (BITS == 4) {
+                uint32_t found[4];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float sum = 8388608.0F;
-                sum = count_thresholds<BITS>(threshold, fabsf(row.y[k][2 * i]), 1.0F, sum);
-                sum = count_thresholds<BITS>(threshold, fabsf(row.y[k][2 * i + 1]), 256.0F, sum);
-                pairs[i] = __float_as_uint(sum);
+                for (int i = 0; i < 4; ++i) {
+                    found[i] = __float_as_uint(find_index(search, fabsf(row.y[k][i]), scale, unit));
+                }
+                index = low_bytes(found[0], found[1], found[2], found[3]);
+            } else {
+                // Two indices a byte apart, counted in the low bits of a float.
+                uint32_t pairs[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float sum = kIndexBase;
+                    sum = count_thresholds(threshold, fabsf(row.y[k][2 * i]), 1.0F, sum);
+                    sum = count_thresholds(threshold, fabsf(row.y[k][2 * i + 1]), 256.0F, sum);
+                    pairs[i] = __float_as_uint(sum);
+                }
+                index = prmt(pairs[0], pairs[1], 0x5410U);
             }
-            const uint32_t index = prmt(pairs[0], pairs[1], 0x5410U);
             const uint32_t level = prmt(kLow, kHigh, prmt(nibbles(index), 0, 0x4420U));
             code2 = __dp4a(static_cast<int>(level), static_cast<int>(level), code2);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                dot[i] = __fadd_rn(dot[i], __fmul_rn(fabsf(row.y[k][i]), static_cast<float>(level >> (8 * i) & 255U)));
+                // A byte as the lowest of 2^23's float: conversions are slow.
+                const float value = __uint_as_float(prmt(level, 0x4b000000U, 0x7440U + i)) - kIndexBase;
+                dot[i] = __fadd_rn(dot[i], __fmul_rn(fabsf(row.y[k][i]), value));
             }
             const uint32_t sign =
                 prmt(prmt(__float_as_uint(row.y[k][0]), __float_as_uint(row.y[k][1]), 0x0073U),
@@ -369,7 +433,7 @@ inline constexpr int kPairPitch = kLanes + 4; // likewise, of words
 template <int D, bool BYTES>
 __device__ __forceinline__ void pair_values(const uint8_t* codes, uint32_t* pairs) {
     // A thread: four channels (and those 8 on) of tokens 2t, 2t + 8, 2t + 1, 2t + 9.
-    for (int at = static_cast<int>(threadIdx.x) % kSideThreads; at < D / 2; at += kSideThreads) {
+    for (int at = static_cast<int>(threadIdx.x % kSideThreads); at < D / 2; at += kSideThreads) {
         const int t = at % 4;
         const int quad = at / 4 % 2;
         const int pair = at / 8;
@@ -425,7 +489,7 @@ __device__ __forceinline__ void put_plane(uint8_t* plane, const uint8_t* codes, 
             return pairs[pair * kPairPitch + lane];
         }
     };
-    for (int at = static_cast<int>(threadIdx.x) % kSideThreads; at < kChunks * kLanes; at += kSideThreads) {
+    for (int at = static_cast<int>(threadIdx.x % kSideThreads); at < kChunks * kLanes; at += kSideThreads) {
         const int lane = at % kLanes;
         const int first = at / kLanes * kChunk;
         uint32_t words[kChunk];
@@ -479,7 +543,7 @@ __device__ __forceinline__ void put_row(uint8_t* plane, int side, int token, con
     constexpr int kWords = words_per_lane(D, WIDTH);
     constexpr int kGroups = 8 / WIDTH;   // of 4 codes in a word
     const int lanes = side == 0 ? 4 : 8; // that hold the token's codes
-    for (int at = threadIdx.x % 32; at < lanes * kWords; at += 32) {
+    for (int at = static_cast<int>(threadIdx.x % 32); at < lanes * kWords; at += 32) {
         const int lane = side == 0 ? token % 8 * 4 + at % 4 : at % 8 * 4 + token % 8 / 2;
         const int word = at / lanes;
         uint32_t value = 0;
@@ -509,30 +573,41 @@ __device__ __forceinline__ void put_row(uint8_t* plane, int side, int token, con
     }
 }
 
-// A block: 16 rows of the input of one head, keys then values.
-template <int D>
-__global__ void __launch_bounds__(kEncodeThreads, D == 256 ? 3 : 5)
-    encode_kernel(const __grid_constant__ EncodeArgs a) {
+// A block: 16 rows of the input of one head, keys then values. BITS: of both; 0: what the cache says.
+template <int D, int BITS>
+__global__ void __launch_bounds__(kEncodeThreads, D == 256    ? 3
+                                                  : BITS != 0 ? 7
+                                                              : 5) encode_kernel(const __grid_constant__ EncodeArgs a) {
     __shared__ __align__(16) uint8_t codes[2][kTileTokens * kPitch<D>];
     __shared__ uint32_t pairs[D / 8 * kPairPitch]; // of values
     __shared__ uint16_t scales[2][kTileTokens];
+    // All sides of 4 bits have the same thresholds.
+    __shared__ __align__(sizeof(SearchRange[kSearchRanges])) SearchRange search[kSearchRanges];
     const int head = static_cast<int>(blockIdx.y);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * a.rows;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    // Every warp for itself: lane i has the slot of row i % 16, and whether the rows fill a tile in order.
-    const int mine = lane % kTileTokens;
-    int64_t slot = mine < a.rows && first + mine < a.n ? a.slots[first + mine] : -1;
-    slot = slot < a.cache.n_slots ? slot : -1;
-    const int64_t slot0 = __shfl_sync(kAll, slot, 0);
-    const bool whole_tile = __all_sync(kAll, slot0 >= 0 && (slot0 & (kTileTokens - 1)) == 0 && slot == slot0 + mine);
-    const int side = static_cast<int>(threadIdx.x) / kSideThreads;
-    const int own = static_cast<int>(threadIdx.x) % kSideThreads / 4; // of the 16 rows
-    const int w = lane % 4;
-    if (own - lane / 4 < a.rows) { // else none of the warp's
-        const bool real = own < a.rows && first + own < a.n;
-        const int64_t exact = a.exact_rows != nullptr && real ? a.exact_rows[first + own] : -1;
+    const unsigned thread_of_side = threadIdx.x % kSideThreads;
+    const int side = threadIdx.x < kSideThreads ? 0 : 1;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int w = static_cast<int>(threadIdx.x % 4);
+    const int mine = static_cast<int>(threadIdx.x % kTileTokens);
+    const int own = static_cast<int>(thread_of_side / 4); // of the 16 rows
+    const bool real = own < a.rows && first + own < a.n;
+    const bool busy = static_cast<int>(thread_of_side / 32 * 8) < a.rows; // some row is the warp's
+    // Everything is asked for before anything is waited for.
+    int64_t slot = mine < a.rows && first + mine < a.n ? a.slots[first + mine] : -1; // of row lane % 16
+    const int64_t exact = a.exact_rows != nullptr && real ? a.exact_rows[first + own] : -1;
+    uint32_t halves[D / 16][2];
+    const bool bad =
+        busy && load_row<D>(a, side, (first + own) * a.stride[side] + head * a.head_stride[side] + 4 * w, real, halves);
+    if (BITS == 0 || BITS == 4) {
+        static_assert(kSearchRanges == kEncodeThreads);
+        const SideTable& four = a.cache.side[BITS == 0 && a.cache.side[0].bits != 4 ? 1 : 0];
+        search[threadIdx.x] = four.search[min(threadIdx.x, kFirstRanges - 1U)];
+        __syncthreads();
+    }
+    if (busy) {
         Row<D> row;
-        rotate_row<D>(a, side, real ? first + own : a.n, head, w, row);
+        rotate_row<D>(a, side, first + own, real, head, w, bad, halves, row);
         if (exact >= 0) {
             auto* const to = reinterpret_cast<uint2*>(a.exact[side] + (exact * a.cache.kv_heads + head) * D + 4 * w);
             const bool finite = row.y[0][0] - row.y[0][0] == 0; // or none of the row's are
@@ -550,13 +625,14 @@ __global__ void __launch_bounds__(kEncodeThreads, D == 256 ? 3 : 5)
             }
         }
         const SideTable& table = a.cache.side[side];
+        const auto ranges = static_cast<uint32_t>(__cvta_generic_to_shared(search));
         uint8_t* const to = codes[side] + own * kPitch<D>;
         uint16_t scale;
-        switch (table.bits) {
-        case 2: scale = encode_row<D, 2>(table, row, w, to); break;
-        case 3: scale = encode_row<D, 3>(table, row, w, to); break;
-        case 4: scale = encode_row<D, 4>(table, row, w, to); break;
-        default: scale = encode_row<D, 8>(table, row, w, to); break;
+        switch (BITS != 0 ? BITS : table.bits) {
+        case 2: scale = encode_row<D, 2>(table, ranges, row, w, to); break;
+        case 3: scale = encode_row<D, 3>(table, ranges, row, w, to); break;
+        case 4: scale = encode_row<D, 4>(table, ranges, row, w, to); break;
+        default: scale = encode_row<D, 8>(table, ranges, row, w, to); break;
         }
         if (w == 0) {
             scales[side][own] = scale;
@@ -571,8 +647,12 @@ __global__ void __launch_bounds__(kEncodeThreads, D == 256 ? 3 : 5)
         return a.cache.pages + (of >> a.cache.page_shift) * a.cache.page_bytes +
                static_cast<int64_t>(head * tiles + in_page / kTileTokens) * a.cache.tile_bytes;
     };
-    const int bits = a.cache.side[side].bits;
-    const int thread = static_cast<int>(threadIdx.x) % kSideThreads;
+    const int bits = BITS != 0 ? BITS : a.cache.side[side].bits;
+    const int thread = static_cast<int>(thread_of_side);
+    // Do the rows fill a tile in order? Every warp sees for itself; the slots were not needed until here.
+    slot = slot < a.cache.n_slots ? slot : -1;
+    const int64_t slot0 = __shfl_sync(kAll, slot, 0);
+    const bool whole_tile = __all_sync(kAll, slot0 >= 0 && (slot0 & (kTileTokens - 1)) == 0 && slot == slot0 + mine);
     if (whole_tile) {
         uint8_t* const tile = tile_of(slot0);
         if (side == 0) {
@@ -615,6 +695,16 @@ __global__ void __launch_bounds__(kEncodeThreads, D == 256 ? 3 : 5)
     }
 }
 
+// The presets' bits have kernels of their own.
+template <int D>
+void launch_bits(const EncodeArgs& args, int bits, dim3 grid, cudaStream_t stream) {
+    switch (bits) {
+    case 3: encode_kernel<D, 3><<<grid, kEncodeThreads, 0, stream>>>(args); break;
+    case 4: encode_kernel<D, 4><<<grid, kEncodeThreads, 0, stream>>>(args); break;
+    default: encode_kernel<D, 0><<<grid, kEncodeThreads, 0, stream>>>(args); break;
+    }
+}
+
 } // namespace
 
 cudaError_t launch_encode(EncodeArgs args, int head_size, cudaStream_t stream) {
@@ -622,10 +712,11 @@ cudaError_t launch_encode(EncodeArgs args, int head_size, cudaStream_t stream) {
     args.rows = args.n <= 64 ? 2 : args.n <= 256 ? 4 : kTileTokens;
     const dim3 grid(static_cast<unsigned>((args.n + args.rows - 1) / args.rows),
                     static_cast<unsigned>(args.cache.kv_heads));
+    const int bits = args.cache.side[0].bits == args.cache.side[1].bits ? args.cache.side[0].bits : 0;
     switch (head_size) {
-    case 64: encode_kernel<64><<<grid, kEncodeThreads, 0, stream>>>(args); break;
-    case 128: encode_kernel<128><<<grid, kEncodeThreads, 0, stream>>>(args); break;
-    default: encode_kernel<256><<<grid, kEncodeThreads, 0, stream>>>(args); break;
+    case 64: launch_bits<64>(args, bits, grid, stream); break;
+    case 128: launch_bits<128>(args, bits, grid, stream); break;
+    default: launch_bits<256>(args, bits, grid, stream); break;
     }
     return cudaGetLastError();
 }

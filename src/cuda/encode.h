@@ -1,6 +1,8 @@
 // The writing and reading kernels' arguments. Internal.
 #pragma once
 
+#include "cuda/search_ranges.h"
+
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -14,6 +16,7 @@ struct SideTable {
     int32_t first_level;
     int32_t step[7]; // crossing threshold k adds this to index << 8 | level
     float threshold[7];
+    SearchRange search[kFirstRanges];     // of 4 bits
     float stretch_per_peak, stretch_from; // of the codebook and head size: 1 + per_peak * (peak - from)
 };
 
@@ -42,9 +45,10 @@ struct EncodeArgs {
     const int64_t* positions; // of rows, where there are mu_blocks
     uint16_t* exact[2];
     int32_t type;
-    float norm;         // 1 / sqrt(head size)
-    int32_t rows;       // of a block: 16, or fewer; set by launch_encode
-    int32_t vectors[2]; // rows are aligned for moves of four elements
+    float norm;                // 1 / sqrt(head size)
+    int32_t rows;              // of a block: 16, or fewer; set by launch_encode
+    int32_t vectors[2];        // rows are aligned for moves of four elements
+    int32_t condition_vectors; // so are mu and lambda
     // Signs of the rotation as four lanes want them: lane w's pair p of elements, channels 16 (p / 2) + 4 w + 2 (p % 2)
     // and the next, are negated by bits p % 16 and 16 + p % 16 of word [p / 16][w].
     uint32_t pair_signs[2][4];
