@@ -75,7 +75,7 @@ void check_encode(const EncodeCase& c, uint32_t seed) {
     std::vector<float> means = conditioning.mu;
     std::vector<int64_t> positions;
     if (c.turning) {
-        means.resize(static_cast<size_t>(kBlocks * elements));
+        means.resize(kBlocks * static_cast<size_t>(elements));
         Conditioner conditioner; // to the last bit as the store has them
         Rotation rotation;
         ASSERT_TRUE(Rotation::create(c.head_size, rotation).ok());

@@ -39,7 +39,7 @@ TEST(CudaLayout, EveryBitOfASideBelongsToOneCode) {
                             const int byte = (p == 0 ? 0 : plane_bytes(head_size, widths[0])) +
                                              word_offset(head_size, widths[p], at.lane, w.word);
                             for (int b = 0; b < widths[p]; ++b) {
-                                ++owners.at(static_cast<size_t>(byte * 8 + w.bit + b));
+                                ++owners.at(static_cast<size_t>(byte) * 8 + static_cast<size_t>(w.bit + b));
                             }
                         }
                     }

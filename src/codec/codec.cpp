@@ -67,6 +67,19 @@ void make_search(const Codebook& book, EncodeTable& table) {
     }
 }
 
+// Thresholds sorted into ranges as wide as `width` levels, the first half as wide (EncodeTable::range_threshold).
+void make_ranges(const Codebook& book, float width, EncodeTable& table) {
+    table.range_scale = book.unit / width;
+    table.last_range = table.n_thresholds;
+    table.range_threshold[0] = -1;
+    for (int k = 0; k < table.n_thresholds; ++k) {
+        table.range_threshold[k + 1] = table.threshold[k];
+    }
+    for (int k = 0; k < book.n_levels; ++k) {
+        table.level[k] = book.level[k];
+    }
+}
+
 EncodeTable make_encode_table(const Codebook& book) {
     EncodeTable table;
     table.bits = book.bits;
@@ -85,6 +98,12 @@ EncodeTable make_encode_table(const Codebook& book) {
         table.step[k] = (1 << 8) + high - low;
     }
     make_search(book, table);
+    // Widths that put one threshold into each range; the search's tests would see another.
+    if (book.bits == 3) {
+        make_ranges(book, 30.0F, table);
+    } else if (book.bits == 4) {
+        make_ranges(book, 11.7F, table);
+    }
     return table;
 }
 

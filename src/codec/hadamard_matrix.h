@@ -12,22 +12,20 @@ struct HadamardMatrix {
 
 template <int ORDER>
 constexpr HadamardMatrix<ORDER> paley_matrix() {
-    constexpr int q = ORDER - 1;
-    bool is_square[q] = {};
-    for (int i = 1; i < q; ++i) {
-        is_square[i * i % q] = true;
+    constexpr int kQ = ORDER - 1;
+    bool is_square[kQ] = {};
+    for (int i = 1; i < kQ; ++i) {
+        is_square[i * i % kQ] = true;
     }
     HadamardMatrix<ORDER> h = {};
     for (int a = 0; a < ORDER; ++a) {
         for (int b = 0; b < ORDER; ++b) {
-            if (a == b) {
-                h.at[a][b] = 1;
-            } else if (a == 0) {
+            if (a == b || a == 0) {
                 h.at[a][b] = 1;
             } else if (b == 0) {
                 h.at[a][b] = -1;
             } else {
-                h.at[a][b] = is_square[(a - b + q) % q] ? 1.0F : -1.0F;
+                h.at[a][b] = is_square[(a - b + kQ) % kQ] ? 1.0F : -1.0F;
             }
         }
     }
