@@ -161,14 +161,15 @@ TEST(Encode, ErrorIsTheTheorys) {
                 const double norm2 = testing::dot(y.data(), y.data(), y.size());
                 const double sigma = std::sqrt(norm2 / n);
                 double e = 0;
-                for (size_t i = 0; i < y.size(); ++i) {
-                    const auto above = std::lower_bound(levels.begin(), levels.end(), y[i] / sigma);
+                for (const float element : y) {
+                    const double scaled = element / sigma;
+                    const auto above = std::lower_bound(levels.begin(), levels.end(), scaled);
                     double nearest = HUGE_VAL;
                     if (above != levels.end()) {
-                        nearest = *above - y[i] / sigma;
+                        nearest = *above - scaled;
                     }
                     if (above != levels.begin()) {
-                        nearest = std::min(nearest, y[i] / sigma - *(above - 1));
+                        nearest = std::min(nearest, scaled - *(above - 1));
                     }
                     e += sigma * sigma * nearest * nearest;
                 }

@@ -253,10 +253,8 @@ TEST(IsaKernels, PlanesAreTheLayouts) {
                         }
                         for (int p = 0; p < t.n_planes; ++p) {
                             const Plane& plane = t.planes[p];
-                            const int fields = 8 / plane.width;
-                            const PlaneShape shape = {plane.width, plane.shift,
-                                                      side == Side::key ? plane.padded_channels / (4 * fields)
-                                                                        : kTileRows / (4 * fields)};
+                            const int elements = side == Side::key ? plane.padded_channels : kTileRows;
+                            const PlaneShape shape = {plane.width, plane.shift, elements * plane.width / 32};
                             uint8_t* const at = tile.data() + plane.offset;
                             side == Side::key
                                 ? kernels.put_key_row(at, shape, row, codes.data())

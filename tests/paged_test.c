@@ -36,7 +36,7 @@ static tq_paged_options options(void) {
 static float keys[LENGTH * ELEMENTS];
 static float values[LENGTH * ELEMENTS];
 static float q[2 * HEADS * HEAD];
-static const int32_t table[2][TABLE] = {{6, 0, 3}, {2, 5, -7}}; /* the last entry is beyond its sequence */
+static const int32_t kTable[2][TABLE] = {{6, 0, 3}, {2, 5, -7}}; /* the last entry is beyond its sequence */
 
 static tq_store* plain_store(int32_t side, int32_t bits, const float* x, int64_t n, const float* mu) {
     tq_store_options o;
@@ -65,7 +65,7 @@ static void write_rows(tq_paged* cache, int b, int64_t n, int64_t left_out) {
     int64_t slots[LENGTH];
     int64_t i;
     for (i = 0; i < n; ++i) {
-        slots[i] = i < left_out ? -1 : (int64_t)table[b][i / PAGE] * PAGE + i % PAGE;
+        slots[i] = i < left_out ? -1 : (int64_t)kTable[b][i / PAGE] * PAGE + i % PAGE;
     }
     memset(&r, 0, sizeof r);
     r.struct_size = sizeof r;
@@ -90,7 +90,7 @@ static tq_paged_attention attention(const int32_t* lengths, float* out) {
     a.batch = 2;
     a.q_len = 1;
     a.heads = HEADS;
-    a.page_table = table[0];
+    a.page_table = kTable[0];
     a.page_table_stride = TABLE;
     a.table_pages = TABLE;
     a.lengths = lengths;
@@ -163,7 +163,7 @@ static void test_pages(void) {
         tq_store* k = plain_store(TQ_KEY, 4, keys, lengths[b], mu);
         tq_store* v = plain_store(TQ_VALUE, 3, values, lengths[b], NULL);
         for (i = 0; i < lengths[b]; ++i) {
-            slots[i] = (int64_t)table[b][i / PAGE] * PAGE + i % PAGE;
+            slots[i] = (int64_t)kTable[b][i / PAGE] * PAGE + i % PAGE;
         }
         slots[5] = -1;
         CHECK(tq_paged_read(cache, slots, lengths[b], codes, scales, read, 0, b == 0 ? NULL : &parallel) == TQ_OK);
@@ -207,7 +207,7 @@ static void test_pages(void) {
     CHECK(tq_paged_attend(cache, &a, workspace) == TQ_OK);
     CHECK(memcmp(again, out, sizeof out) != 0);
     for (i = 0; i < OTHER; ++i) {
-        slots[i] = (int64_t)table[1][i / PAGE] * PAGE + i % PAGE;
+        slots[i] = (int64_t)kTable[1][i / PAGE] * PAGE + i % PAGE;
     }
     /* A row that is left out of a write keeps what it had. */
     for (i = 0; i < 50 * ELEMENTS; ++i) {
@@ -266,7 +266,7 @@ static void test_exact_rows(void) {
     CHECK(tq_paged_create(&o, &cache) == TQ_OK);
     CHECK(tq_workspace_create(&workspace) == TQ_OK);
     for (i = 0; i < LENGTH; ++i) {
-        slots[i] = (int64_t)table[0][i / PAGE] * PAGE + i % PAGE;
+        slots[i] = (int64_t)kTable[0][i / PAGE] * PAGE + i % PAGE;
         exact[i] = i < 2 ? 2 * 6 + i : i >= LENGTH - 4 ? 2 * 6 + 2 + (i - 2) % 4 : -1;
     }
     memset(&r, 0, sizeof r);

@@ -231,8 +231,7 @@ Logits decode(llama_context* context, const Tokens& tokens, const Feed& feed) {
 std::vector<Logits> decode_together(llama_context* context, const std::vector<Tokens>& sequences, int per_sequence) {
     std::vector<Logits> logits(sequences.size());
     std::vector<size_t> done(sequences.size(), 0);
-    for (bool more = true; more;) {
-        more = false;
+    for (;;) {
         Batch b(per_sequence * static_cast<int>(sequences.size()));
         std::vector<size_t> owner;
         for (size_t s = 0; s < sequences.size(); ++s) {
@@ -242,9 +241,8 @@ std::vector<Logits> decode_together(llama_context* context, const std::vector<To
             }
         }
         if (owner.empty()) {
-            break;
+            return logits;
         }
-        more = true;
         if (llama_decode(context, b.batch) != 0) {
             return {};
         }
@@ -252,7 +250,6 @@ std::vector<Logits> decode_together(llama_context* context, const std::vector<To
             append_logits(context, static_cast<int>(i), logits[owner[i]]);
         }
     }
-    return logits;
 }
 
 Tokens generate(llama_context* context, const Tokens& prompt, int n, const Feed& feed) {

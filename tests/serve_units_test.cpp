@@ -431,7 +431,7 @@ TEST(Auth, HostsAndOrigins) {
 
 TEST(Page, OnlyItsOwnBlocksRun) {
     const Page page = make_page();
-    EXPECT_NE(page.html.find("<"), std::string::npos);
+    EXPECT_NE(page.html.find('<'), std::string::npos);
     EXPECT_EQ(page.html.find("<script>"), std::string::npos);
     EXPECT_EQ(page.html.find("<style>"), std::string::npos);
     EXPECT_NE(page.policy, make_page().policy);

@@ -291,8 +291,8 @@ TEST(Native, WhatDoesNotFitIsRefused) {
     const StoreShape shape = {Side::key, 64, 2, 100};
     const auto store = make_store(shape, {4, 0, 0});
     ASSERT_TRUE(write_row(*store, 3, 1).ok());
-    const auto row_of = [](const StoreShape& s, int bits, Conditioning c = {}) {
-        const auto other = make_store(s, {bits, 0, 0}, std::move(c));
+    const auto row_of = [](const StoreShape& s, int bits, const Conditioning& c = {}) {
+        const auto other = make_store(s, {bits, 0, 0}, c);
         EXPECT_TRUE(write_row(*other, 0, 5).ok());
         return native_row(*other, 0);
     };

@@ -72,9 +72,9 @@ std::vector<uint8_t> all_codes(const Store& store) {
 TEST(Store, RefusesWhatItCannotHold) {
     std::unique_ptr<Store> store;
     const StoreShape good = {Side::key, 64, 2, 100};
-    const auto refused = [&store](const StoreShape& shape, const StoreOptions& options, Conditioning c,
+    const auto refused = [&store](const StoreShape& shape, const StoreOptions& options, const Conditioning& c,
                                   const char* word) {
-        const Status status = Store::create(shape, options, std::move(c), store);
+        const Status status = Store::create(shape, options, c, store);
         EXPECT_FALSE(status.ok());
         EXPECT_NE(status.message().find(word), std::string::npos) << status.message();
         EXPECT_EQ(status.message().find('\n'), std::string::npos);

@@ -46,9 +46,9 @@ inline double squared_distance(const float* a, const float* b, size_t n) {
 }
 
 inline std::unique_ptr<Store> make_store(const StoreShape& shape, const StoreOptions& options,
-                                         Conditioning conditioning = {}) {
+                                         const Conditioning& conditioning = {}) {
     std::unique_ptr<Store> store;
-    const Status status = Store::create(shape, options, std::move(conditioning), store);
+    const Status status = Store::create(shape, options, conditioning, store);
     EXPECT_TRUE(status.ok()) << status.message();
     return store;
 }

@@ -2,6 +2,7 @@
 
 #include "terminal.h"
 
+#include <cmath>
 #include <cstdio>
 
 #include <unistd.h>
@@ -11,7 +12,7 @@
 namespace turboquant::app {
 
 std::string duration_words(double seconds) {
-    const auto whole = static_cast<int64_t>(seconds + 0.5);
+    const auto whole = static_cast<int64_t>(std::llround(seconds));
     return whole < 60     ? fmt::format("{} s", whole)
            : whole < 3600 ? fmt::format("{} min {:02} s", whole / 60, whole % 60)
                           : fmt::format("{} h {:02} min", whole / 3600, whole % 3600 / 60);

@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <tuple>
 
 #include <fmt/format.h>
 
@@ -388,7 +389,9 @@ private:
         size_t setting;
         int64_t length;
         double depth;
-        auto operator<=>(const Cell&) const = default;
+        bool operator<(const Cell& other) const {
+            return std::tie(setting, length, depth) < std::tie(other.setting, other.length, other.depth);
+        }
     };
 
     NeedleFlags flags_;

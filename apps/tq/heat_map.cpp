@@ -77,7 +77,7 @@ std::string to_svg(const HeatMap& map) {
                 svg +=
                     fmt::format("<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{}\" stroke=\"white\"/>\n",
                                 x, y, kCellWidth, kCellHeight, colour_of(share));
-                svg += words(x + kCellWidth / 2, y + 15, "middle", 11, share > 0.75 || share < 0.1 ? "white" : "#222",
+                svg += words(x + kCellWidth / 2.0, y + 15, "middle", 11, share > 0.75 || share < 0.1 ? "white" : "#222",
                              fmt::format("{:.0f}", 100 * share));
             }
         }

@@ -72,7 +72,7 @@ public:
     static Status bytes(const StoreShape& shape, const StoreOptions& options, size_t& bytes);
 
     // Memory is reserved, not touched: pages that no row was written to cost nothing.
-    static Status create(const StoreShape& shape, const StoreOptions& options, Conditioning conditioning,
+    static Status create(const StoreShape& shape, const StoreOptions& options, const Conditioning& conditioning,
                          std::unique_ptr<Store>& out);
     ~Store();
     Store(const Store&) = delete;

@@ -23,7 +23,7 @@ void Conditioner::set(const Conditioning& conditioning, const Rotation& rotation
     has_mean_ = std::any_of(conditioning_.mu.begin(), conditioning_.mu.end(), [](float m) { return m != 0; });
     n_pairs_ = has_mean_ ? static_cast<int>(conditioning_.rope.size()) : 0;
     phases_.clear();
-    pair_mean_.assign(static_cast<size_t>(2 * n_pairs_ * kv_heads), 0);
+    pair_mean_.assign(size_t{2} * static_cast<size_t>(n_pairs_) * static_cast<size_t>(kv_heads), 0);
     if (!has_mean_) {
         return;
     }

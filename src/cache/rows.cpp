@@ -207,7 +207,7 @@ void emulate_q4_0(Store::Impl& impl, int64_t row, int kv_head, const uint16_t* h
     const size_t head_at = static_cast<size_t>(kv_head) * static_cast<size_t>(n);
     const std::vector<float>& lambda = impl.conditioner.conditioning().lambda;
     float mean[kMaxHeadSize];
-    float y[kMaxHeadSize];
+    float y[kMaxHeadSize] = {};
     impl.conditioner.head_mean(kv_head, impl.row_entry(row), mean);
     const auto factor = [&](int c) { return lambda.empty() ? 1.0F : lambda[head_at + static_cast<size_t>(c)]; };
     for (int c = 0; c < n; ++c) {

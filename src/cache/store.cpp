@@ -176,7 +176,7 @@ size_t Store::bytes() const {
            m.ring_order.capacity() * sizeof(int32_t) + vector_bytes(m.batch_slots) + m.row_entries.size();
 }
 
-Status Store::create(const StoreShape& shape, const StoreOptions& options, Conditioning conditioning,
+Status Store::create(const StoreShape& shape, const StoreOptions& options, const Conditioning& conditioning,
                      std::unique_ptr<Store>& out) {
     if (Status status = check(shape, options); !status.ok()) {
         return status;
@@ -492,13 +492,13 @@ Status Store::write(const float* x, int64_t stride, const int64_t* index, int64_
         } catch (const std::bad_alloc&) {
             status = {StatusCode::out_of_memory,
                       "write: no memory to stage " + std::to_string(n) + " rows; write fewer at a time"};
+            *staging = Staging();
         }
     }
     for (int64_t i = 0; i < n; ++i) {
         m.batch_rows[static_cast<size_t>(index[i] / 64)] = 0;
     }
     if (!status.ok()) {
-        *staging = Staging();
         return status;
     }
 

@@ -92,7 +92,7 @@ tq_status tq_store_create(const tq_store_options* options, tq_store** store) {
             return s;
         }
         auto made = std::make_unique<tq_store>();
-        if (Status s = turboquant::Store::create(o.shape, o.options, std::move(o.conditioning), made->store); !s.ok()) {
+        if (Status s = turboquant::Store::create(o.shape, o.options, o.conditioning, made->store); !s.ok()) {
             return s;
         }
         *store = made.release();

@@ -277,8 +277,7 @@ tq_status tq_paged_create(const tq_paged_options* options, tq_paged** cache) {
         if (o.lambda != nullptr) {
             conditioning.lambda.assign(o.lambda, o.lambda + elements);
         }
-        if (Status s = Store::create(shape_of(o, Side::key), {.bits = o.key_bits}, std::move(conditioning), made->keys);
-            !s.ok()) {
+        if (Status s = Store::create(shape_of(o, Side::key), {.bits = o.key_bits}, conditioning, made->keys); !s.ok()) {
             return s;
         }
         if (Status s = Store::create(shape_of(o, Side::value), {.bits = o.value_bits}, {}, made->values); !s.ok()) {

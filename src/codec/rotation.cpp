@@ -51,7 +51,7 @@ void Rotation::forward(const float* x, float* y) const {
     alignas(64) float block_values[kMaxHeadSize];
     for (const RotationBlock& block : blocks_) {
         for (int i = 0; i < block.size; ++i) {
-            block_values[i] = x[block.offset + i] * signs_[static_cast<size_t>(block.offset + i)];
+            block_values[i] = x[block.offset + i] * signs_[static_cast<size_t>(block.offset) + static_cast<size_t>(i)];
         }
         std::fill(block_values + block.size, block_values + round_up(block.size, kVectorPadding), 0.0F);
         kernels.hadamard(block_values, block.size, false);
@@ -67,7 +67,7 @@ void Rotation::inverse(const float* y, float* x) const {
         std::fill(block_values + block.size, block_values + round_up(block.size, kVectorPadding), 0.0F);
         kernels.hadamard(block_values, block.size, true);
         for (int i = 0; i < block.size; ++i) {
-            x[block.offset + i] = block_values[i] * signs_[static_cast<size_t>(block.offset + i)];
+            x[block.offset + i] = block_values[i] * signs_[static_cast<size_t>(block.offset) + static_cast<size_t>(i)];
         }
     }
 }

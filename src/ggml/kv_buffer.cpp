@@ -63,10 +63,11 @@ thread_local Sizing t_sizing;
 bool sizing_matches(size_t size, ggml_type& refused) {
     size_t sum = 0;
     refused = GGML_TYPE_F16;
-    for (auto entry = t_sizing.entries.rbegin(); entry != t_sizing.entries.rend(); ++entry) {
-        sum += entry->padded;
-        if (!plain_type(entry->type)) {
-            refused = entry->type;
+    for (size_t i = t_sizing.entries.size(); i-- > 0;) { // the latest first
+        const auto& entry = t_sizing.entries[i];
+        sum += entry.padded;
+        if (!plain_type(entry.type)) {
+            refused = entry.type;
         }
         if (sum == size) {
             return true;

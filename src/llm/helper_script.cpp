@@ -63,6 +63,7 @@ std::string run_script(const std::string& name, const std::vector<std::string>& 
     std::vector<std::string> words = {find_python(), find_script(name)};
     words.insert(words.end(), arguments.begin(), arguments.end());
     std::vector<char*> argv;
+    argv.reserve(words.size() + 1);
     for (std::string& word : words) {
         argv.push_back(word.data());
     }
