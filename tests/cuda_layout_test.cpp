@@ -81,18 +81,16 @@ TEST(CudaLayout, ScalesOfATileDoNotOverlap) {
 }
 
 // What encode.cu's find_index does, in its operations.
-int found_index(const SearchRange (&ranges)[kFirstRanges], float magnitude, float sigma) {
-    const float scale = kFirstRanges * kRangeSteps / kFirstEnd / sigma;
-    const float place = std::fma(magnitude, scale, kIndexBase);
-    const uint32_t range = std::bit_cast<uint32_t>(place) / kRangeSteps % kSearchRanges;
-    const SearchRange& r = ranges[range < kFirstRanges ? range : kFirstRanges - 1];
+int found_index(const EncodeTable& table, float magnitude, float sigma) {
+    const float place = std::fma(magnitude, kRangeSteps * table.range_scale / sigma, kPlaceBase);
+    const auto range = static_cast<int>(std::bit_cast<uint32_t>(place) / kRangeSteps % kSearchRanges);
+    const SearchRange r = search_range(table.threshold, table.n_thresholds, range);
     return static_cast<int>(r.below - kIndexBase) + (magnitude > r.threshold * sigma ? 1 : 0);
 }
 
 TEST(CudaSearch, ARangeAndOneComparisonFindTheIndex) {
     const EncodeTable& table = encode_table(4);
-    SearchRange ranges[kFirstRanges];
-    ASSERT_TRUE(search_ranges(table.threshold, table.n_thresholds, ranges));
+    ASSERT_GT(kSearchRanges - 1, 21.4F * table.range_scale); // else a large magnitude would begin again
     for (const float sigma : {0x1p-30F, 0.0123F, 1.0F, 3.7F, 0x1p30F}) {
         std::vector<float> magnitudes = {0};
         for (int i = 1; i < 20000; ++i) { // to beyond the largest
@@ -107,19 +105,23 @@ TEST(CudaSearch, ARangeAndOneComparisonFindTheIndex) {
             for (int k = 0; k < table.n_thresholds; ++k) {
                 expected += m > table.threshold[k] * sigma ? 1 : 0;
             }
-            ASSERT_EQ(found_index(ranges, m, sigma), expected) << m << " sigma " << sigma;
+            ASSERT_EQ(found_index(table, m, sigma), expected) << m << " sigma " << sigma;
         }
     }
 }
 
-TEST(CudaSearch, RefusesThresholdsThatShareARange) {
-    SearchRange ranges[kFirstRanges];
-    const float apart[] = {0.3F, 0.9F};
-    const float close[] = {0.3F, 0.31F};
-    const float far[] = {0.3F, 2.7F};
-    EXPECT_TRUE(search_ranges(apart, 2, ranges));
-    EXPECT_FALSE(search_ranges(close, 2, ranges));
-    EXPECT_FALSE(search_ranges(far, 2, ranges));
+TEST(CudaSearch, NoRangeHoldsTwoThresholds) { // nor does one lie where rounding could put it beside its range
+    for (const int bits : {3, 4}) {
+        const EncodeTable& table = encode_table(bits);
+        for (int k = 0; k < table.n_thresholds; ++k) {
+            const float place = table.threshold[k] * table.range_scale;
+            EXPECT_GT(place, static_cast<float>(k + 1) - 0.4F) << bits << " bits, threshold " << k;
+            if (k + 1 < table.n_thresholds) { // the last range has no end
+                EXPECT_LT(place, static_cast<float>(k + 1) + 0.4F) << bits << " bits, threshold " << k;
+            }
+            EXPECT_EQ(table.range_threshold[k + 1], table.threshold[k]);
+        }
+    }
 }
 
 } // namespace

@@ -70,7 +70,6 @@ void make_search(const Codebook& book, EncodeTable& table) {
 // Thresholds sorted into ranges as wide as `width` levels, the first half as wide (EncodeTable::range_threshold).
 void make_ranges(const Codebook& book, float width, EncodeTable& table) {
     table.range_scale = book.unit / width;
-    table.last_range = table.n_thresholds;
     table.range_threshold[0] = -1;
     for (int k = 0; k < table.n_thresholds; ++k) {
         table.range_threshold[k + 1] = table.threshold[k];

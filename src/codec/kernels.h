@@ -25,9 +25,7 @@ struct EncodeTable {
     float stretch_slope = 0;
     float stretch_origin = 0;
     float stretch_growth = 0;
-    // range_threshold, below.
-    float range_scale = 0;
-    int last_range = 0;
+    float range_scale = 0; // range_threshold, below
     // What crossing threshold k adds to (m << 8 | level[m]): one sum gives the index and the integer of the codebook.
     int32_t step[31] = {};
     // The same as a binary search. Comparison i (of bits - 1, i = 0 first) is with tree[i][path], bit j of `path` being
@@ -35,7 +33,7 @@ struct EncodeTable {
     alignas(64) float tree[5][16] = {};
     alignas(64) int32_t leaf_index[32] = {};
     alignas(64) float leaf_level[32] = {};
-    // And for 3 and 4 bits, in one comparison: |y| / sigma * range_scale, rounded, is a range, the last one if it is beyond.
+    // And for 3 and 4 bits, in one comparison: |y| / sigma * range_scale, rounded, is a range, at most n_thresholds.
     // Range r > 0 holds threshold r - 1 and no other; range 0 holds none, and has one below every magnitude here.
     alignas(64) float range_threshold[16] = {};
     alignas(64) float level[16] = {}; // of the first indices, the codebook's integer

@@ -214,9 +214,7 @@ SideTable side_table(int bits, turboquant::ScaleRule rule, int head_size) {
         table.threshold[k] = from.threshold[k];
         table.step[k] = from.step[k];
     }
-    if (bits == 4) {
-        search_ranges(table.threshold, from.n_thresholds, table.search); // cuda_layout_test: no range holds two
-    }
+    table.range_scale = from.range_scale;
     // As codec/kernels.inc computes them, rounded after every operation.
     const float size = std::sqrt(std::sqrt(static_cast<float>(head_size) / 64.0F));
     table.stretch_per_peak = from.stretch_slope / size;

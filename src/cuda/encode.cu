@@ -6,6 +6,7 @@
 #include "cuda/device.cuh"
 #include "cuda/encode.h"
 #include "cuda/gpu_layout.h"
+#include "cuda/search_ranges.h"
 #include "cuda/unpack.cuh"
 
 namespace turboquant::cuda {
@@ -16,6 +17,7 @@ constexpr unsigned kAll = 0xffffffffU;
 constexpr uint32_t kInfinity = 0x7f800000U;
 constexpr uint32_t kOrdinaryLow = (127U - 30U) << 23;
 constexpr uint32_t kOrdinaryHigh = (127U + 30U) << 23;
+constexpr int kFourBitThresholds = 7;
 constexpr int kTagElements = 64;    // of a row: their lowest fp16 bit is always zero (docs/format.md)
 constexpr int kEncodeThreads = 128; // 4 lanes a row, 16 rows, keys and values
 constexpr int kSideThreads = kEncodeThreads / 2;
@@ -166,29 +168,24 @@ __device__ __forceinline__ void rotate_row(const EncodeArgs& a, int side, int64_
             widen(k, 0, halves[k][0]);
             widen(k, 1, halves[k][1]);
         }
-        const int64_t channel = head * D + 4 * w;
+        const auto apply = [&](const float* with, auto op) {
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                const float4 four = load_four(with + head * D + 4 * w + 16 * k, a.condition_vectors != 0);
+                row.y[k][0] = op(row.y[k][0], four.x);
+                row.y[k][1] = op(row.y[k][1], four.y);
+                row.y[k][2] = op(row.y[k][2], four.z);
+                row.y[k][3] = op(row.y[k][3], four.w);
+            }
+        };
         if (mu != nullptr) {
             if (a.cache.mu_blocks > 0 && there) {
                 mu += static_cast<int64_t>(mean_block(a.positions[token], a.cache.mu_blocks)) * a.cache.kv_heads * D;
             }
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-                const float4 four = load_four(mu + channel + 16 * k, a.condition_vectors != 0);
-                row.y[k][0] = __fsub_rn(row.y[k][0], four.x);
-                row.y[k][1] = __fsub_rn(row.y[k][1], four.y);
-                row.y[k][2] = __fsub_rn(row.y[k][2], four.z);
-                row.y[k][3] = __fsub_rn(row.y[k][3], four.w);
-            }
+            apply(mu, [](float x, float mean) { return __fsub_rn(x, mean); });
         }
         if (lambda != nullptr) {
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-                const float4 four = load_four(lambda + channel + 16 * k, a.condition_vectors != 0);
-                row.y[k][0] = __fmul_rn(row.y[k][0], four.x);
-                row.y[k][1] = __fmul_rn(row.y[k][1], four.y);
-                row.y[k][2] = __fmul_rn(row.y[k][2], four.z);
-                row.y[k][3] = __fmul_rn(row.y[k][3], four.w);
-            }
+            apply(lambda, [](float x, float factor) { return __fmul_rn(x, factor); });
         }
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
@@ -276,7 +273,7 @@ __device__ __forceinline__ float count_thresholds(const float (&threshold)[N], f
 __device__ __forceinline__ float find_index(uint32_t search, float magnitude, float scale, float unit) {
     static_assert(sizeof(SearchRange) == kRangeSteps); // so a step is a byte's address
     constexpr uint32_t kMask = (kSearchRanges - 1) * kRangeSteps;
-    const float place = fmaf(magnitude, scale, kIndexBase);
+    const float place = fmaf(magnitude, scale, kPlaceBase);
     float threshold;
     float below;
     asm("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -358,7 +355,7 @@ __device__ __forceinline__ uint16_t encode_row(const SideTable& table, uint32_t 
         // 4 bits search in ranges, others count.
         constexpr int kCounted = BITS == 4 ? 1 : (1 << (BITS - 1)) - 1;
         const float unit = sigma * -0x1p64F;
-        const float scale = __fdividef(kFirstRanges * kRangeSteps / kFirstEnd, sigma);
+        const float scale = __fdividef(kRangeSteps * table.range_scale, sigma);
         float threshold[kCounted];
 #pragma unroll
         for (int k = 0; k < kCounted; ++k) {
@@ -602,7 +599,7 @@ __global__ void __launch_bounds__(kEncodeThreads, D == 256    ? 3
     if (BITS == 0 || BITS == 4) {
         static_assert(kSearchRanges == kEncodeThreads);
         const SideTable& four = a.cache.side[BITS == 0 && a.cache.side[0].bits != 4 ? 1 : 0];
-        search[threadIdx.x] = four.search[min(threadIdx.x, kFirstRanges - 1U)];
+        search[threadIdx.x] = search_range(four.threshold, kFourBitThresholds, static_cast<int>(threadIdx.x));
         __syncthreads();
     }
     if (busy) {

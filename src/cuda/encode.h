@@ -1,8 +1,6 @@
 // The writing and reading kernels' arguments. Internal.
 #pragma once
 
-#include "cuda/search_ranges.h"
-
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -16,7 +14,7 @@ struct SideTable {
     int32_t first_level;
     int32_t step[7]; // crossing threshold k adds this to index << 8 | level
     float threshold[7];
-    SearchRange search[kFirstRanges];     // of 4 bits
+    float range_scale;                    // of 4 bits: EncodeTable's
     float stretch_per_peak, stretch_from; // of the codebook and head size: 1 + per_peak * (peak - from)
 };
 
