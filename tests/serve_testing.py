@@ -45,16 +45,19 @@ class Server(ServerProcess):
         lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == "request"]
 
-    def request_logged(self, request_id):
-        """The line of one request. It is written after the answer, so perhaps after the client has it."""
+    def wait_logged(self, wanted, count=1):
+        """The lines of at least `count` requests that are `wanted`. They are written after the answer, so perhaps after the client has it."""
         deadline = time.monotonic() + 10
         while True:
-            for line in self.requests_logged():
-                if line["id"] == request_id:
-                    return line
+            lines = [line for line in self.requests_logged() if wanted(line)]
+            if len(lines) >= count:
+                return lines
             if time.monotonic() > deadline:
-                raise AssertionError(f"no line of request {request_id}: {self.log()[-2000:]}")
+                raise AssertionError(f"{len(lines)} of {count} such requests were logged: {self.log()[-2000:]}")
             time.sleep(0.05)
+
+    def request_logged(self, request_id):
+        return self.wait_logged(lambda line: line["id"] == request_id)[0]
 
     def chat(self, text, n=16, **more):
         """The JSON of a greedy answer."""
