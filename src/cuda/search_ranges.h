@@ -13,7 +13,7 @@ inline constexpr int kSearchRanges = 128;
 inline constexpr int kRangeSteps = 8;           // a magnitude's place is rounded to a part of a range
 inline constexpr float kIndexBase = 8388608.0F; // 2^23: what is added to it lies in a float's lowest bits
 // Added to a place in steps, for ranges reach from half a range before their number to half a range behind.
-inline constexpr float kPlaceBase = kIndexBase + kRangeSteps / 2;
+inline constexpr float kPlaceBase = kIndexBase + 0.5F * kRangeSteps;
 
 struct SearchRange {
     float threshold; // in units of sigma
